@@ -1,0 +1,1 @@
+"""What every dimension of every tensor is: axis inference by type unification. See docs/axes.md."""

@@ -1,0 +1,134 @@
+"""Groups: the free atoms of a graph that some parameter holds and some op contracts.
+
+A group knows its members (which slice of which parameter each unit owns), its gates (the activations at which
+multiplying by a 0/1 mask equals removing units) and a kind, which comes from what ops did with the atom:
+
+    heads      batches an attention; where an outer factor batches it too, the outer is kv_groups, the inner queries
+    qk_width   contracted between queries and keys
+    vo_width   the width of the values
+    hidden     a norm's statistics run over it
+    neurons    anything else that is contracted
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from tilecut_passes.axes.axis import Axis, occurrences
+from tilecut_passes.axes.infer import Axes, Sink
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a group's units sit in one tensor.
+
+    Unit i is index i along `axis` of `parameter.narrow(dim, start, prod(view))` with that dimension seen as `view`.
+    """
+
+    parameter: str
+    dim: int
+    start: int
+    view: tuple[int, ...]
+    axis: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The member as plan.json writes it."""
+        return {
+            "parameter": self.parameter,
+            "dim": self.dim,
+            "start": self.start,
+            "view": list(self.view),
+            "axis": self.axis,
+        }
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that live and die together. `axis` is their leaf in the `Axes` they were found in."""
+
+    name: str
+    kind: str
+    size: int
+    axis: Axis
+    members: tuple[Member, ...]
+    gates: tuple[Sink, ...]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Dimensions of a parameter that may not change, and why."""
+
+    name: str
+    why: str
+
+
+def find_groups(axes: Axes) -> list[Group]:
+    """Every group of the graph, in graph order, under unique names."""
+    members: dict[Axis, list[Member]] = {}
+    dims: dict[Axis, list[Axis]] = {}
+    for name, types in axes.tensors.items():
+        for dim, axis in enumerate(types):
+            if not axis.root.is_static:
+                continue
+            for leaf in dict.fromkeys(axis.leaves):
+                members.setdefault(leaf, []).extend(Member(name, dim, *where) for where in occurrences(axis, leaf))
+                dims.setdefault(leaf, []).append(axis)
+    gates: dict[Axis, list[Sink]] = {}
+    for sink in axes.sinks:
+        for leaf in dict.fromkeys(sink.axis.leaves):
+            gates.setdefault(leaf, []).append(sink)
+    found: list[Group] = []
+    taken: dict[str, int] = {}
+    order = {node: i for i, node in enumerate(axes.graph.nodes)}
+    parameters = _parameters(axes)
+    for leaf in sorted((x for x in members if x in gates), key=lambda x: order[gates[x][0].node]):
+        if leaf.frozen or not isinstance(leaf.size, int) or leaf.size < 2:
+            continue
+        if not any(m.parameter in parameters for m in members[leaf]):
+            continue
+        kind = _kind(leaf, dims[leaf])
+        name = f"{_owner([m.parameter for m in members[leaf]])}:{kind}"
+        taken[name] = taken.get(name, 0) + 1
+        unique = name if taken[name] == 1 else f"{name}#{taken[name]}"
+        found.append(Group(unique, kind, leaf.size, leaf, tuple(members[leaf]), tuple(gates[leaf])))
+    return found
+
+
+def find_frozen(axes: Axes) -> list[Frozen]:
+    """For every parameter with a frozen dimension of more than one unit, the first reason of each."""
+    out = []
+    for name in sorted(_parameters(axes)):
+        for dim, axis in enumerate(axes.tensors[name]):
+            reasons = dict.fromkeys(leaf.frozen for leaf in axis.leaves if leaf.frozen and leaf.size != 1)
+            out += [Frozen(f"{name}[{dim}]", why) for why in reasons if why]
+    return out
+
+
+def _parameters(axes: Axes) -> set[str]:
+    """Names of tensors that hold floating-point weights, buffers with weights in them included."""
+    return {name for name in axes.tensors if axes.graph.tensor(name).is_floating_point()}
+
+
+def _owner(parameters: list[str]) -> str:
+    """The innermost module that holds all of them."""
+    paths = [p.split(".")[:-1] for p in dict.fromkeys(parameters)]
+    # zip ends with the shortest path; a column that differs ends the prefix.
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*paths))
+    return ".".join(column[0] for column in shared) or ".".join(paths[0]) or "model"
+
+
+def _kind(leaf: Axis, dims: list[Axis]) -> str:
+    if "norm" in leaf.roles and not leaf.roles & {"qk", "vo"}:
+        return "hidden"
+    if "head" in leaf.roles:
+        for axis in dims:
+            for piece in axis.pieces:
+                heads = [f for f in piece.factors if "head" in f.roles]
+                if leaf in heads and len(heads) > 1:
+                    return "kv_groups" if heads[0] is leaf else "queries"
+        return "heads"
+    if leaf.roles & {"qk", "vo"}:
+        return "qk_width" if "qk" in leaf.roles else "vo_width"
+    return "neurons"

@@ -1,0 +1,175 @@
+"""Type every node of a graph in one pass; the rules are in `rules_*.py`.
+
+Parameters are the source of types: each of their dimensions starts as a leaf. What no parameter reaches (masks, rotary
+tables, ALiBi slopes, zero biases made in the graph) is a constant, and constants are polymorphic: each use sees fresh
+axes of its own, and units are selected there. Otherwise one mask would tie the heads of all layers together.
+
+An op without a rule freezes every dimension that it touches and says so: nothing is ever guessed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from tilecut_passes.axes.axis import Axis, coefficient, unify
+from tilecut_passes.graph import Graph, arguments, sizes_of, source, value_of
+
+aten = torch.ops.aten
+
+Types = list[Axis]
+# One list of axes for a tensor, a list of those for an op with several results, None for what is no tensor.
+NodeTypes = Types | list[Types | None] | None
+Rule = Callable[["Axes", fx.Node, dict[str, Any]], NodeTypes]
+
+
+@dataclass(frozen=True)
+class Sink:
+    """Where a dimension is contracted away: argument `argument` of `node`, dimension `dim`, whose type is `axis`."""
+
+    node: fx.Node
+    argument: int
+    dim: int
+    axis: Axis
+
+    @property
+    def source(self) -> fx.Node:
+        """The node whose dimension is contracted."""
+        return source(self.node, self.argument)
+
+
+@dataclass(frozen=True)
+class Border:
+    """A constant entering an op that parameters reach: `user` sees `source` with axes of its own."""
+
+    user: fx.Node
+    source: fx.Node
+    axes: tuple[Axis, ...]
+
+
+@dataclass
+class Axes:
+    """What `infer` found. `of` types nodes, `tensors` parameters and buffers by name."""
+
+    graph: Graph
+    of: dict[fx.Node, Any] = field(default_factory=dict)
+    tensors: dict[str, Types] = field(default_factory=dict)
+    # Calls that make a tensor from nothing (arange, zeros): their dims are cut by selecting from them.
+    makers: list[fx.Node] = field(default_factory=list)
+    sinks: list[Sink] = field(default_factory=list)
+    borders: list[Border] = field(default_factory=list)
+    constants: set[fx.Node] = field(default_factory=set)
+
+    def input(self, node: fx.Node, index: int = 0) -> Types:
+        """The types of a call's argument `index`."""
+        return self.of[source(node, index)]
+
+    def sink(self, node: fx.Node, argument: int, dim: int) -> None:
+        """Note that `node` contracts dimension `dim` of its argument."""
+        types = self.input(node, argument)
+        self.sinks.append(Sink(node, argument, dim % len(types), types[dim]))
+
+    def operand(self, user: fx.Node, node: fx.Node) -> Types:
+        """Types of an elementwise operand; a constant gets fresh ones for this use."""
+        axes = self.of[node]
+        if node not in self.constants or user in self.constants:
+            return axes
+        fresh = [Axis(a.root.size) if coefficient(a.root.size) > 1 else a for a in axes]
+        self.borders.append(Border(user, node, tuple(fresh)))
+        return fresh
+
+    def unknown(self, node: fx.Node, why: str | None = None) -> NodeTypes:
+        """Nothing that the op touches may change."""
+        why = why or f"no rule for {node.target}"
+        for operand in node.all_input_nodes:
+            freeze_all(self.of.get(operand), why)
+        made = fresh_types(value_of(node))
+        freeze_all(made, why)
+        return made
+
+
+def infer(graph: Graph) -> Axes:
+    """Type every node of `graph`, in one pass over its nodes."""
+    from tilecut_passes.axes.rules import RULES
+
+    axes = Axes(graph)
+    for node in graph.nodes:
+        value = value_of(node)
+        is_parameter = node.op == "get_attr" and isinstance(graph.tensor(str(node.target)), nn.Parameter)
+        if not is_parameter and all(x in axes.constants for x in node.all_input_nodes):
+            axes.constants.add(node)
+        if node.op == "placeholder":
+            axes.of[node] = [a.freeze("input of the model") for a in fresh(value)]
+        elif node.op == "get_attr":
+            axes.of[node] = axes.tensors.setdefault(str(node.target), fresh(value))
+        elif node.op == "output":
+            for result in node.all_input_nodes:
+                freeze_all(axes.of[result], "output of the model")
+        else:
+            axes.of[node] = _apply(axes, node, value, RULES)
+    return axes
+
+
+def _apply(axes: Axes, node: fx.Node, value: Any, rules: dict[Any, Rule]) -> NodeTypes:
+    op = node.target
+    if op is operator.getitem:
+        return axes.of[source(node)][node.args[1]]
+    if not isinstance(value, Tensor | tuple | list):
+        if op is aten.sym_size.int:
+            axes.input(node)[cast(int, node.args[1])].freeze("its size is read")
+        else:
+            for operand in node.all_input_nodes:
+                freeze_all(axes.of.get(operand), f"{op} reads its values")
+        return None
+    if not isinstance(op, torch._ops.OpOverload):
+        return axes.unknown(node)
+    if op in rules:
+        return rules[op](axes, node, arguments(node))
+    if torch.Tag.pointwise in op.tags:
+        return elementwise(axes, node, arguments(node))
+    return axes.unknown(node)
+
+
+def elementwise(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """Every operand's dimensions are the output's, right-aligned; size 1 stretches."""
+    operands = [axes.operand(node, x) for x in node.all_input_nodes if axes.of.get(x) is not None]
+    return broadcast(operands, node.name)
+
+
+def broadcast(operands: list[Types], why: str) -> Types:
+    """Unify right-aligned dimensions; those of size 1 stretch."""
+    out: Types = []
+    for d in range(-max(map(len, operands)), 0):
+        here = [one[d] for one in operands if len(one) >= -d and one[d].root.size != 1]
+        for other in here[1:]:
+            unify(here[0], other, why)
+        out.append(here[0] if here else Axis(1))
+    return out
+
+
+def fresh(value: Tensor) -> Types:
+    """A new leaf for every dimension."""
+    return [Axis(size) for size in sizes_of(value)]
+
+
+def fresh_types(value: Any) -> NodeTypes:
+    """New leaves for whatever a node returns."""
+    if isinstance(value, Tensor):
+        return fresh(value)
+    if isinstance(value, tuple | list):
+        return [fresh(v) if isinstance(v, Tensor) else None for v in value]
+    return None
+
+
+def freeze_all(types: Any, why: str) -> None:
+    """Freeze every axis of a node's types."""
+    for one in types or ():
+        if isinstance(one, Axis):
+            one.freeze(why)
+        else:
+            freeze_all(one, why)

@@ -1,0 +1,37 @@
+"""Cut: one of the two interpretations of a plan. `mask` is the other, and they must agree.
+
+Before: a graph. After: the units that the plan does not keep are gone from every tensor that held them, and kept ones
+stand in the plan's order, followed by zeros where the plan pads. Left alone: groups that the plan keeps whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilecut_passes.axes.groups import find_groups
+from tilecut_passes.axes.infer import infer
+from tilecut_passes.axes.selection import PAD, Selection
+from tilecut_passes.graph import Graph
+from tilecut_passes.plan import PrunePlan
+from tilecut_passes.select_units import select_units
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Apply a plan by slicing. Not idempotent: the cut graph is another model, and the plan will say so."""
+
+    plan: PrunePlan
+
+    def __call__(self, graph: Graph) -> int:
+        """Cut the graph in place; returns the number of tensors that changed.
+
+        Raises:
+            PlanError: the plan is not of this graph.
+        """
+        axes = infer(graph)
+        units = {}
+        for group, planned in self.plan.matched(graph, find_groups(axes)):
+            chosen = [*planned.kept, *[PAD] * (planned.count - len(planned.kept))]
+            if chosen != list(range(group.size)):
+                units[group.axis] = chosen
+        return select_units(axes, Selection(units)) if units else 0

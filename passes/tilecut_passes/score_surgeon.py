@@ -1,0 +1,194 @@
+"""Importance by optimal brain surgeon: what a unit's removal costs after the rest has been refitted around it.
+
+At a gate, a linear layer W [O, I] turns activations X into outputs Y. Removing units and refitting the rest changes Y
+by E; what that costs at the model's own outputs is, to second order, tr(M E^T E / n) with M = sum over positions of
+g g^T, g the gradient of the loss (or of a probe of the outputs) at Y: the Fisher information of the layer factors as
+X^T X x M (Martens and Grosse, K-FAC, arXiv 1503.05671). With H = (X^T X + lambda I)^-1 the units R of least cost
+
+    cost(R) = tr(M W_R (H_RR)^-1 W_R^T) / n
+
+go first, and W and H are updated as if they had been refitted away (Hassibi and Stork, Optimal Brain Surgeon, 1992;
+structured: Kurtic et al., ZipLM, arXiv 2302.04089). Since all layers are priced at the same outputs, the curves can be
+traded against each other in one knapsack, with no table of end-to-end runs. Reconstruction then does the refit.
+
+A group that is contracted anywhere but in linear layers is scored by its gates' Fisher diagonal instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tilecut_runtime.errors import CalibrationError
+from torch import Tensor, fx
+
+from tilecut_passes.axes.groups import Group
+from tilecut_passes.calibration import Batch
+from tilecut_passes.graph import Graph, is_call, source
+from tilecut_passes.mask import unit_of
+from tilecut_passes.measure_loss import measure_loss
+from tilecut_passes.score import Progress, Ranking
+from tilecut_passes.score_gates import score_fisher
+
+aten = torch.ops.aten
+# The ridge of the refit that is anticipated, relative to the mean diagonal of X^T X.
+RIDGE = 1e-3
+# Units that go at once: at most this part of the group.
+STEPS = 96
+
+
+@dataclass
+class _Site:
+    """A linear layer behind a gate, with the statistics of its inputs (with a column of ones) and output gradients."""
+
+    weight: Tensor
+    bias: Tensor
+    gram: Tensor
+    fisher: Tensor
+    rows: int = 0
+
+
+def score_surgeon(
+    graph: Graph, groups: Sequence[Group], batches: Sequence[Batch], seed: int, progress: Progress
+) -> dict[str, Ranking]:
+    """Removal orders and cost curves of groups whose gates feed linear layers; the others' by Fisher diagonal."""
+    surgical = [g for g in groups if all(_weight_of(graph, sink.node) is not None for sink in g.gates)]
+    others = [g for g in groups if g not in surgical]
+    sites = {sink.node.name: _new_site(graph, sink.node) for g in surgical for sink in g.gates}
+    steps = len(batches) + len(surgical) + (len(batches) if others else 0)
+    generator = torch.Generator().manual_seed(seed)
+    for i, batch in enumerate(batches):
+        _collect(graph, batch, sites, generator)
+        progress(i + 1, steps)
+    rankings = {}
+    for i, group in enumerate(surgical):
+        units = [unit_of(sink.axis, group.axis) for sink in group.gates]
+        rankings[group.name] = _remove_in_order(group.size, [sites[sink.node.name] for sink in group.gates], units)
+        progress(len(batches) + i + 1, steps)
+    if others:
+        rankings |= score_fisher(graph, others, batches, seed, lambda done, of: progress(steps - of + done, steps))
+    return {g.name: rankings[g.name] for g in groups}
+
+
+def _weight_of(graph: Graph, node: fx.Node) -> Tensor | None:
+    """The weight [O, I] of a linear layer that reads it straight from a tensor, or None."""
+    if is_call(node, aten.linear.default) and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
+        return graph.tensor(str(node.args[1].target)).detach()
+    return None
+
+
+def _new_site(graph: Graph, node: fx.Node) -> _Site:
+    weight = _weight_of(graph, node)
+    assert weight is not None
+    out, width = weight.shape
+    bias = node.args[2] if len(node.args) > 2 else None
+    values = (
+        graph.tensor(str(bias.target)).detach()
+        if isinstance(bias, fx.Node) and bias.op == "get_attr"
+        else weight.new_zeros(out)
+    )
+    zeros = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+    return _Site(weight, values, zeros, torch.zeros(out, out, dtype=torch.float64))
+
+
+class _Probe(fx.Interpreter):
+    """Runs a graph and keeps the inputs and outputs of the layers asked for."""
+
+    def __init__(self, graph: Graph, wanted: set[str]):
+        super().__init__(graph.module)
+        self.wanted = wanted
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        read = self.env[source(n)] if n.name in self.wanted else None
+        result = super().run_node(n)
+        if read is not None:
+            result.retain_grad()
+            self.seen[n.name] = (read.detach(), result)
+        return result
+
+
+def _collect(graph: Graph, batch: Batch, sites: dict[str, _Site], generator: torch.Generator) -> None:
+    """Add one batch's statistics to every site."""
+    probe = _Probe(graph, set(sites))
+    with torch.enable_grad():
+        outputs = dict(zip(graph.outputs, probe.run(*(batch.inputs[name] for name in graph.inputs)), strict=True))
+        loss = measure_loss(outputs, batch, generator)
+        torch.autograd.backward(loss, inputs=[y for _, y in probe.seen.values()])
+    for name, (x, y) in probe.seen.items():
+        if y.grad is None:
+            continue
+        if not x.isfinite().all() or not y.grad.isfinite().all():
+            raise CalibrationError(
+                "score",
+                f"activations or gradients at {name} are not finite",
+                fix="look for NaN or infinity in the weights or the calibration data",
+            )
+        site = sites[name]
+        rows, gradients = batch.rows(x), batch.rows(y.grad)
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+        site.gram += (rows.T @ rows).double().cpu()
+        site.fisher += (gradients.T @ gradients).double().cpu()
+        site.rows += len(rows)
+
+
+def _remove_in_order(size: int, sites: Sequence[_Site], units: Sequence[Tensor]) -> Ranking:
+    """Remove the cheapest units, a few at a time, until none is left."""
+    states = [_State.start(site) for site in sites]
+    columns = [[(unit == u).nonzero()[:, 0] for u in range(size)] for unit in units]
+    alive = list(range(size))
+    order: list[int] = []
+    removed = [0.0]
+    while alive:
+        costs = sum(state.costs([cols[u] for u in alive]) for state, cols in zip(states, columns))
+        assert isinstance(costs, Tensor)
+        count = min(max(size // STEPS, 1), len(alive))
+        chosen = [alive[i] for i in costs.argsort(stable=True)[:count].tolist()]
+        total = sum(state.remove(torch.cat([cols[u] for u in chosen])) for state, cols in zip(states, columns))
+        start = removed[-1]
+        removed += [start + max(total, 0.0) * (i + 1) / count for i in range(count)]
+        order += chosen
+        gone = set(chosen)
+        alive = [u for u in alive if u not in gone]
+    return Ranking(tuple(order), tuple(reversed(removed)))
+
+
+@dataclass
+class _State:
+    """A layer while units go: its weights in the metric of the outputs, V = R W with M / n = R^T R, and H."""
+
+    v: Tensor
+    h: Tensor
+
+    @staticmethod
+    def start(site: _Site) -> _State:
+        ridge = torch.full(
+            (len(site.gram),), float(RIDGE * site.gram.diagonal()[:-1].mean().clamp_min(1e-12)), dtype=torch.float64
+        )
+        ridge[-1] = 1e-9 * site.gram[-1, -1]
+        weights = torch.cat([site.weight.double().cpu(), site.bias.double().cpu()[:, None]], 1)
+        # M is positive semidefinite but for rounding: its square root comes from the eigenvalues that are positive.
+        values, vectors = torch.linalg.eigh(site.fisher / max(site.rows, 1))
+        root = values.clamp_min(0).sqrt()[:, None] * vectors.T
+        return _State((root @ weights).float(), torch.linalg.inv(site.gram + torch.diag(ridge)).float())
+
+    def costs(self, columns: Sequence[Tensor]) -> Tensor:
+        """The cost of removing each set of columns alone."""
+        if all(len(c) == 1 for c in columns):
+            index = torch.cat(list(columns))
+            return self.v[:, index].square().sum(0) / self.h.diagonal()[index].clamp_min(1e-30)
+        return torch.stack([self._cost(c) for c in columns])
+
+    def _cost(self, columns: Tensor) -> Tensor:
+        part = self.v[:, columns]
+        return (part * torch.linalg.solve(self.h[columns][:, columns], part.T).T).sum()
+
+    def remove(self, columns: Tensor) -> float:
+        """Remove columns, refit the others; returns the cost."""
+        cost = float(self._cost(columns))
+        correction = torch.linalg.solve(self.h[columns][:, columns], self.h[columns])
+        self.v = self.v - self.v[:, columns] @ correction
+        self.h = self.h - self.h[:, columns] @ correction
+        self.v[:, columns] = 0
+        return cost

@@ -1,0 +1,140 @@
+"""Search: how many units each group keeps, from sizes that are legal for the target, within a budget.
+
+Every group (or set of groups that share a contraction) offers options: a legal size for each, what it costs, and what
+is lost. Widths fixed, costs and losses add up over the sets, so the choice is a multiple-choice knapsack, solved
+exactly by `scipy.optimize.milp`. Shapes are never rounded afterwards: the lattice is the search space.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+from tilecut_runtime.errors import ConfigError
+
+from tilecut_passes.axes.groups import Group
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Which sizes a target allows.
+
+    Attributes:
+        blocks: kind -> the sizes must be multiples of this (the dense size is always legal).
+        powers_of_two: kinds whose sizes must be powers of two.
+        smallest: kind -> the fewest units that a group may keep.
+    """
+
+    blocks: Mapping[str, int]
+    powers_of_two: frozenset[str] = frozenset()
+    smallest: Mapping[str, int] | None = None
+
+    def sizes(self, kind: str, size: int) -> list[int]:
+        """The legal sizes of a group, the dense one included, ascending."""
+        block = self.blocks.get(kind, 1)
+        least = max((self.smallest or {}).get(kind, 1), 1)
+        legal = [n for n in range(block, size, block) if n >= least]
+        if kind in self.powers_of_two:
+            legal = [n for n in legal if n & (n - 1) == 0]
+        return [*legal, size]
+
+    def allows(self, kind: str, size: int, dense: int) -> bool:
+        """Whether a group of `dense` units may have `size`."""
+        return size == dense or size in self.sizes(kind, dense)
+
+    def describe(self) -> str:
+        """The lattice in words, for reports."""
+        blocks = [
+            f"{kind} in multiples of {n}" if n > 1 else f"any count of {kind}"
+            for kind, n in sorted(self.blocks.items())
+        ]
+        return ", ".join(blocks + [f"{kind} a power of two" for kind in sorted(self.powers_of_two)])
+
+
+Cost = Callable[[Sequence[str], Mapping[str, int]], float]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An upper limit on a resource. `cost(names, sizes)` is what the named groups take of it at those sizes."""
+
+    what: str
+    limit: float
+    cost: Cost
+
+
+def search(
+    groups: Sequence[Group],
+    sets: Sequence[Sequence[str]],
+    curves: Mapping[str, Sequence[float]],
+    lattice: Lattice,
+    limits: Sequence[Limit],
+    fixed: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """How many units every group keeps: legal, within every limit, and losing least.
+
+    Args:
+        groups: the groups to choose for.
+        sets: their names, split so that sets share no cost (see `MacCounter.groups_together`).
+        curves: group name -> importance lost when only k units stay, for k = 0..size.
+        fixed: groups whose size is given.
+
+    Raises:
+        ConfigError: a limit is below the smallest legal model; names the smallest reachable.
+    """
+    by_name = {g.name: g for g in groups}
+    legal = {g.name: [fixed[g.name]] if fixed and g.name in fixed else lattice.sizes(g.kind, g.size) for g in groups}
+    options = [
+        [dict(zip(names, sizes)) for sizes in itertools.product(*(legal[name] for name in names))] for names in sets
+    ]
+    losses = [[sum(curves[name][n] for name, n in sizes.items()) for sizes in one] for one in options]
+    costs = [[[limit.cost(names, sizes) for sizes in one] for names, one in zip(sets, options)] for limit in limits]
+    for limit, rows in zip(limits, costs):
+        least = sum(min(row) for row in rows)
+        if least > limit.limit:
+            raise ConfigError(
+                "search",
+                f"no legal model fits the budget of {limit.limit:,.0f} {limit.what}",
+                got=f"the smallest legal one has {least:,.0f}",
+                fix="raise the budget to at least that, or allow smaller sizes",
+            )
+    chosen = _knapsack(losses, costs, [limit.limit for limit in limits])
+    sizes = {name: n for one, i in zip(options, chosen) for name, n in one[i].items()}
+    return {name: sizes[name] for name in by_name}
+
+
+def _knapsack(
+    losses: Sequence[Sequence[float]], costs: Sequence[Sequence[Sequence[float]]], limits: Sequence[float]
+) -> list[int]:
+    """One option from every row, losing least, within every limit."""
+    widths = [len(row) for row in losses]
+    starts = list(itertools.accumulate(widths, initial=0))
+    flat = np.array(list(itertools.chain.from_iterable(losses)), dtype=float)
+    one_each = csr_array(
+        (np.ones(len(flat)), (np.repeat(np.arange(len(widths)), widths), np.arange(len(flat)))),
+        shape=(len(widths), len(flat)),
+    )
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    for rows, limit in zip(costs, limits):
+        row = np.array(list(itertools.chain.from_iterable(rows)), dtype=float)
+        unit = max(float(row.max()), 1.0)
+        constraints.append(LinearConstraint(row[None] / unit, -np.inf, limit / unit))
+    scale = max(float(np.abs(flat).max()), 1e-300)
+    found = milp(
+        flat / scale,
+        constraints=constraints,
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 1e-6},
+    )
+    if not found.success:
+        raise ConfigError(
+            "search",
+            f"the solver found no plan within all budgets together ({found.message})",
+            fix="raise a budget, or relax a constraint",
+        )
+    return [int(np.argmax(found.x[start : start + width])) for start, width in zip(starts, widths)]

@@ -1,0 +1,83 @@
+"""Give every group other units: slice what holds them and rewrite the sizes that name them. Cutting and padding are this.
+
+Before: a graph and a selection (leaf -> the units that stay, -1 for a new unit of zeros).
+After:
+    - parameters and buffers hold the selected slices, under the same names;
+    - tensors made in the graph, and constants where they enter an op, are selected from;
+    - the literals of reshape, expand, split, slice and norms say the new sizes.
+Left alone: everything that no selected leaf is part of; the caller's tensors (new ones are made).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx, nn
+
+from tilecut_passes.axes.axis import Axis, product
+from tilecut_passes.axes.infer import Axes
+from tilecut_passes.axes.rules import RESIZE
+from tilecut_passes.axes.selection import Selection, take
+
+aten = torch.ops.aten
+
+
+def select_units(axes: Axes, selection: Selection) -> int:
+    """Rewrite `axes.graph` in place; returns how many tensors changed. Types in `axes` are stale afterwards."""
+    graph = axes.graph
+    before = list(graph.nodes)
+    count = 0
+    for name, types in axes.tensors.items():
+        tensor = graph.tensor(name)
+        chosen = tensor.detach()
+        for dim, axis in enumerate(types):
+            if selection.touches(axis):
+                chosen = take(chosen, dim, selection.indices(axis))
+        if chosen.shape != tensor.shape or chosen.data_ptr() != tensor.data_ptr():
+            graph.set_tensor(
+                name, nn.Parameter(chosen, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else chosen
+            )
+            count += 1
+    # Literals first: their rules read the arguments that inference typed.
+    for node in before:
+        resize = RESIZE.get(node.target) if node.op == "call_function" else None
+        if resize is not None:
+            resize(axes, node, selection)
+    for node in axes.makers:
+        for dim, axis in enumerate(axes.of[node]):
+            if selection.touches(axis):
+                users = list(node.users)
+                picked = _select_in_graph(axes, selection, node, dim, axis, before=node.next)
+                for user in users:
+                    user.replace_input_with(node, picked)
+    for border in axes.borders:
+        here = border.source
+        for dim, axis in enumerate(border.axes):
+            if selection.touches(axis):
+                picked = _select_in_graph(axes, selection, here, dim, axis, before=border.user)
+                border.user.replace_input_with(here, picked)
+                here = picked
+    return count
+
+
+def _select_in_graph(axes: Axes, selection: Selection, node: fx.Node, dim: int, axis: Axis, before: fx.Node) -> fx.Node:
+    """A call that selects from `node` along `dim`; a mixed axis (batch times heads) is opened for it and closed again."""
+    graph = axes.graph.fx
+    with graph.inserting_before(before):
+        if axis.root.is_static:
+            return graph.call_function(
+                aten.index_select.default, (node, dim, _index(axes, selection.indices(axis), node, dim))
+            )
+        static = [f for f in axis.factors if f.is_static]
+        inner = product(static)
+        opened = graph.call_function(aten.unflatten.int, (node, dim, [-1, math.prod(int(f.size) for f in static)]))
+        picked = graph.call_function(
+            aten.index_select.default, (opened, dim + 1, _index(axes, selection.indices(inner), node, dim))
+        )
+        return graph.call_function(aten.flatten.using_ints, (picked, dim, dim + 1))
+
+
+def _index(axes: Axes, index: Tensor, node: fx.Node, dim: int) -> fx.Node:
+    """A constant index; a padded unit reads unit 0, any finite value will do behind zero weights."""
+    return axes.graph.add_tensor(f"tilecut_keep_{node.name}_{dim}_{len(axes.graph.fx.nodes)}", index.clamp_min(0))

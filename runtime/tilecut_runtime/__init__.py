@@ -1,0 +1,1 @@
+"""tilecut_runtime: what runs with an artifact. numpy and onnxruntime suffice; torch only where an op or target needs it."""

@@ -1,0 +1,199 @@
+"""The artifact's manifest: what the folder holds, with a sha256 for every file.
+
+An artifact is a folder. Its `manifest.json` names the format, the target, the runtime that loads it, inputs and
+outputs with dtypes and shapes, every file with size and hash, and how far each verification rung came. Reading it
+needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tilecut_runtime.errors import ArtifactError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of one input or output; a dynamic dimension is a name, or an expression of names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class DimRange:
+    """The sizes that a dynamic dimension may take; `max` None is unbounded."""
+
+    min: int = 1
+    max: int | None = None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and sha256 of one file of the artifact."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung of the verification ladder.
+
+    `figure` is the largest error found (or a count), `limit` what it had to stay under; `detail` says what was
+    compared, or why the rung was not run and what would run it.
+    """
+
+    name: str
+    status: str
+    detail: str = ""
+    figure: float | None = None
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.status not in ("passed", "failed", "not run"):
+            raise ValueError(f"Rung {self.name}: status {self.status!r} is none of passed, failed, not run")
+
+
+@dataclass
+class Manifest:
+    """What `manifest.json` says."""
+
+    target: str
+    runtime: str
+    model: str
+    entry: dict[str, str]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: dict[str, DimRange] = field(default_factory=dict)
+    returns: str = "mapping"
+    # How far outputs may differ from the pruned torch model's, relative to their magnitude.
+    tolerance: float = 1e-4
+    tools: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    verification: tuple[Rung, ...] = ()
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder`."""
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(folder: str | Path) -> Manifest:
+        """Read and validate `folder/manifest.json`.
+
+        Raises:
+            ArtifactError: the folder or its manifest is missing, unreadable, or of another format.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise ArtifactError(
+                str(folder), "no such artifact folder", fix="give the folder that `tilecut compile` wrote"
+            )
+        if not path.is_file():
+            raise ArtifactError(str(folder), f"not a tilecut artifact: it holds no {MANIFEST}")
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as e:
+            raise ArtifactError(str(path), f"not valid JSON ({e})", fix="compile the model again") from e
+        if not isinstance(held, dict) or held.get("format") != FORMAT:
+            got = held.get("format") if isinstance(held, dict) else type(held).__name__
+            raise ArtifactError(
+                str(path),
+                "unknown artifact format",
+                got=got,
+                wanted=FORMAT,
+                fix="load it with the tilecut version that wrote it",
+            )
+        try:
+            return _parse(held)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise ArtifactError(
+                str(path), f"malformed manifest ({type(e).__name__}: {e})", fix="compile the model again"
+            ) from e
+
+    def check_files(self, folder: str | Path, names: Iterable[str] | None = None) -> None:
+        """Compare files (all of them, or `names`) with the manifest's sizes and hashes.
+
+        Raises:
+            ArtifactError: a file is missing, truncated or altered; the first one is named.
+        """
+        for name in self.files if names is None else names:
+            if name not in self.files:
+                raise ArtifactError(str(folder), f"{name} is not listed in {MANIFEST}")
+            path, entry = Path(folder) / name, self.files[name]
+            if not path.is_file():
+                raise ArtifactError(str(path), "file of the artifact is missing", fix="copy the whole folder again")
+            size = path.stat().st_size
+            if size != entry.bytes:
+                raise ArtifactError(
+                    str(path),
+                    "file has another size than the manifest says (truncated?)",
+                    got=f"{size} bytes",
+                    wanted=f"{entry.bytes} bytes",
+                    fix="copy or compile it again",
+                )
+            if (digest := sha256(path)) != entry.sha256:
+                raise ArtifactError(
+                    str(path),
+                    "file was altered: sha256 differs from the manifest's",
+                    got=digest[:16],
+                    wanted=entry.sha256[:16],
+                    fix="copy or compile it again",
+                )
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_files(folder: Path) -> dict[str, FileEntry]:
+    """Every file below `folder` but the manifest, by its path with forward slashes."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    return {p.relative_to(folder).as_posix(): FileEntry(p.stat().st_size, sha256(p)) for p in found}
+
+
+def _parse(held: dict[str, Any]) -> Manifest:
+    def specs(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+        made = tuple(TensorSpec(str(r["name"]), str(r["dtype"]), tuple(r["shape"])) for r in rows)
+        for spec in made:
+            if spec.dtype not in DTYPES:
+                raise ValueError(f"{spec.name} has unknown dtype {spec.dtype}")
+        return made
+
+    for name in [*held["files"], *held["entry"].values()]:
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+            raise ValueError(f"file name {name!r} leaves the artifact's folder")
+    return Manifest(
+        target=str(held["target"]),
+        runtime=str(held["runtime"]),
+        model=str(held["model"]),
+        entry=dict(held["entry"]),
+        inputs=specs(held["inputs"]),
+        outputs=specs(held["outputs"]),
+        dims={k: DimRange(int(v["min"]), None if v["max"] is None else int(v["max"])) for k, v in held["dims"].items()},
+        returns=str(held["returns"]),
+        tolerance=float(held["tolerance"]),
+        tools=dict(held["tools"]),
+        created=str(held["created"]),
+        verification=tuple(Rung(**r) for r in held["verification"]),
+        files={k: FileEntry(int(v["bytes"]), str(v["sha256"])) for k, v in held["files"].items()},
+    )

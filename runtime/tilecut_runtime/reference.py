@@ -1,0 +1,99 @@
+"""Reference inputs and outputs that travel with an artifact in `ref/`, and what it means to agree with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tilecut_runtime.errors import ArtifactError
+from tilecut_runtime.manifest import Manifest, Rung
+
+FOLDER = "ref"
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs, expected outputs, and for each output a bool over its leading dimensions: True where it must agree."""
+
+    inputs: Arrays
+    outputs: Arrays
+    valid: Arrays
+
+    def error(self, got: Mapping[str, np.ndarray]) -> float:
+        """The largest difference on valid rows, relative to the output's largest magnitude (at least 1); inf for NaN."""
+        worst = 0.0
+        for name, want in self.outputs.items():
+            have = got[name]
+            if have.shape != want.shape:
+                return math.inf
+            rows = self.valid[name]
+            a, b = want[rows].astype(np.float64), have[rows].astype(np.float64)
+            if a.size:
+                error = float(np.abs(a - b).max() / max(1.0, float(np.abs(a).max())))
+                worst = max(worst, error if error == error else math.inf)
+        return worst
+
+    @property
+    def size(self) -> str:
+        """The shape of the first input, for messages: 2x13."""
+        return "x".join(map(str, next(iter(self.inputs.values())).shape))
+
+
+def write_cases(cases: Sequence[Case], folder: Path) -> None:
+    """Write each case as `ref/case_<i>.npz`."""
+    (folder / FOLDER).mkdir()
+    for i, case in enumerate(cases):
+        arrays = {
+            f"{part}:{name}": array
+            for part in ("inputs", "outputs", "valid")
+            for name, array in getattr(case, part).items()
+        }
+        np.savez(folder / FOLDER / f"case_{i}.npz", **arrays)  # type: ignore[arg-type]
+
+
+def read_cases(folder: Path, manifest: Manifest) -> list[Case]:
+    """The artifact's reference cases, after a check of their hashes.
+
+    Raises:
+        ArtifactError: there are none, or one is missing or altered.
+    """
+    names = sorted(f for f in manifest.files if f.startswith(f"{FOLDER}/"))
+    if not names:
+        raise ArtifactError(str(folder), f"no reference inputs in {FOLDER}/")
+    manifest.check_files(folder, names)
+    cases = []
+    for name in names:
+        parts: dict[str, Arrays] = {"inputs": {}, "outputs": {}, "valid": {}}
+        with np.load(folder / name, allow_pickle=False) as held:
+            for key in held.files:
+                part, _, tensor = key.partition(":")
+                parts[part][tensor] = held[key]
+        cases.append(Case(**parts))
+    return cases
+
+
+def verify_on_device(folder: Path, device: str | None = None) -> list[Rung]:
+    """What can be verified where only the runtime is installed: hashes, and the session against the references.
+
+    The limit is the one that the artifact was compiled under.
+
+    Raises:
+        ArtifactError: a file is missing, truncated or altered, or the artifact cannot run here.
+    """
+    from tilecut_runtime.session import load
+
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder)
+    rungs = [Rung("hashes", "passed", f"{len(manifest.files)} files are as the manifest says")]
+    limit = manifest.tolerance
+    session = load(folder, device)
+    cases = read_cases(folder, manifest)
+    error = max(case.error(session.run(case.inputs)) for case in cases)
+    sizes = ", ".join(case.size for case in cases)
+    detail = f"{manifest.runtime} on {session.device} against the outputs in {FOLDER}/, inputs of {sizes}"
+    return [*rungs, Rung("artifact equals reference", "passed" if error <= limit else "failed", detail, error, limit)]

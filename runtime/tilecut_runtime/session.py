@@ -1,0 +1,234 @@
+"""`load` an artifact and run it: numpy (or DLPack) in, numpy out, by name.
+
+`load` reads the manifest, checks the hashes of the files it is about to use and opens the session that the manifest's
+`runtime` names. Inputs are checked against the manifest before the runtime sees them, so that a wrong name, dtype,
+rank or size gives one error that says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilecut_runtime.errors import ArtifactError, InputError
+from tilecut_runtime.manifest import DimRange, Manifest, TensorSpec
+
+# One checked batch in, the outputs in the manifest's order out.
+Runner = Callable[[dict[str, np.ndarray]], Sequence[Any]]
+
+
+class Session:
+    """A loaded artifact. `run` checks its inputs; `inputs` and `outputs` describe them."""
+
+    def __init__(self, path: Path, manifest: Manifest, runner: Runner, device: str):
+        self.path, self.manifest, self.device = path, manifest, device
+        self._runner = runner
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Name, dtype and shape of every input."""
+        return self.manifest.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Name, dtype and shape of every output."""
+        return self.manifest.outputs
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run one batch.
+
+        Args:
+            inputs: for every input name a numpy array, or any object that offers DLPack on the CPU.
+
+        Returns:
+            For every output name a numpy array.
+
+        Raises:
+            InputError: a name, dtype, rank or size that does not fit the manifest.
+        """
+        arrays = check_inputs(inputs, self.inputs, self.manifest.dims)
+        return dict(zip((spec.name for spec in self.outputs), self._runner(arrays), strict=True))
+
+    def __repr__(self) -> str:
+        inputs = "; ".join(map(str, self.inputs))
+        return (
+            f"Session({self.path.name!r}, target={self.manifest.target!r}, device={self.device!r}, inputs=[{inputs}])"
+        )
+
+
+def load(path: str | Path, device: str | None = None, threads: int | None = None) -> Session:
+    """Open a compiled artifact.
+
+    Args:
+        path: the artifact's folder.
+        device: None for what the artifact was compiled for; "cpu" for an edge or cuda artifact on the CPU;
+            "reference" for an ascend artifact's verify twin.
+        threads: CPU threads that one run may use; None leaves the choice to the runtime.
+
+    Raises:
+        ArtifactError: the folder is no artifact, a file is missing, truncated or altered, or its runtime cannot be
+            opened on this device.
+    """
+    folder = Path(path)
+    manifest = Manifest.read(folder)
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InputError("load", "threads must be a positive integer or None", got=repr(threads))
+    if manifest.runtime not in RUNTIMES:
+        raise ArtifactError(
+            str(folder), "unknown runtime in the manifest", got=manifest.runtime, wanted=" or ".join(RUNTIMES)
+        )
+    return RUNTIMES[manifest.runtime](folder, manifest, device, threads)
+
+
+def check_inputs(
+    inputs: Mapping[str, Any], specs: tuple[TensorSpec, ...], dims: Mapping[str, DimRange]
+) -> dict[str, np.ndarray]:
+    """The inputs as arrays in the manifest's order, or one InputError."""
+    if not isinstance(inputs, Mapping):
+        raise InputError(
+            "Session.run",
+            "inputs must be a mapping from name to array",
+            got=type(inputs).__name__,
+            wanted="{" + ", ".join(spec.name for spec in specs) + "}",
+        )
+    names = [spec.name for spec in specs]
+    if unexpected := [str(name) for name in inputs if name not in names]:
+        raise InputError("Session.run", "unknown input name", got=", ".join(unexpected), wanted=", ".join(names))
+    if missing := [name for name in names if name not in inputs]:
+        raise InputError(
+            "Session.run",
+            "missing input",
+            got=", ".join(map(str, inputs)) or "nothing",
+            wanted=", ".join(missing) + " as well",
+        )
+    sizes: dict[str, tuple[int, str]] = {}
+    return {spec.name: _check_one(spec, inputs[spec.name], dims, sizes) for spec in specs}
+
+
+def _check_one(
+    spec: TensorSpec, value: Any, dims: Mapping[str, DimRange], sizes: dict[str, tuple[int, str]]
+) -> np.ndarray:
+    where = f"Session.run: input {spec.name}"
+    if not isinstance(value, np.ndarray | np.generic):
+        if not hasattr(value, "__dlpack__"):
+            raise InputError(
+                where, "neither a numpy array nor a DLPack tensor", got=type(value).__name__, wanted=str(spec)
+            )
+        value = np.from_dlpack(value)
+    value = np.asarray(value)
+    if value.dtype.name != spec.dtype:
+        raise InputError(
+            where,
+            "wrong dtype",
+            got=value.dtype.name,
+            wanted=spec.dtype,
+            fix=f"convert it with .astype('{spec.dtype}')",
+        )
+    if value.ndim != len(spec.shape):
+        raise InputError(
+            where, "wrong rank", got=f"{value.ndim} (shape {list(value.shape)})", wanted=f"{len(spec.shape)} ({spec})"
+        )
+    for axis, (size, dim) in enumerate(zip(value.shape, spec.shape)):
+        if isinstance(dim, int):
+            if size != dim:
+                raise InputError(where, f"wrong size of dimension {axis}", got=size, wanted=f"{dim} ({spec})")
+            continue
+        limits = dims.get(dim, DimRange(0))
+        if size < limits.min or (limits.max is not None and size > limits.max):
+            raise InputError(
+                where,
+                f"{dim} (dimension {axis}) is out of range",
+                got=size,
+                wanted=f"{limits.min} to {limits.max if limits.max is not None else 'any'}",
+            )
+        first, name = sizes.setdefault(dim, (size, spec.name))
+        if first != size:
+            raise InputError(where, f"{dim} (dimension {axis}) differs from input {name}'s", got=size, wanted=first)
+    return value
+
+
+def _open_onnxruntime(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
+    if device not in (None, "cpu"):
+        raise ArtifactError(
+            str(folder),
+            f"an {manifest.target} artifact runs on the CPU",
+            got=f"device={device!r}",
+            wanted="device=None or 'cpu'",
+        )
+    return Session(folder, manifest, onnx_runner(folder, manifest, "model", threads), "cpu")
+
+
+def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | None) -> Runner:
+    """A runner over onnxruntime's CPU provider for one of the artifact's ONNX files."""
+    import onnxruntime as ort
+
+    name = manifest.entry[entry]
+    # The model, weights that were split off it because of its size, and weights that two models share.
+    manifest.check_files(
+        folder,
+        [f for f in manifest.files if f == name or f.startswith(name + ".") or f == manifest.entry.get("weights")],
+    )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
+    # onnxruntime's own exception classes share no public base but Exception.
+    except Exception as e:
+        raise ArtifactError(str(folder / name), f"onnxruntime {ort.__version__} cannot open it: {e}") from e
+    wanted = [spec.name for spec in manifest.outputs]
+    return lambda arrays: session.run(wanted, arrays)
+
+
+def _open_torch(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
+    try:
+        import torch
+    except ModuleNotFoundError as e:
+        raise ArtifactError(
+            str(folder),
+            f"an artifact for {manifest.target} runs on torch, which is not installed",
+            fix="pip install 'tilecut[compile]'",
+        ) from e
+    from tilecut_runtime.torch_program import open_program
+
+    if device is None and not torch.cuda.is_available():
+        raise ArtifactError(
+            str(folder),
+            "no CUDA device on this machine",
+            fix='load it with device="cpu" to run the ops\' reference implementations',
+        )
+    device = device or "cuda"
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ArtifactError(str(folder), "unknown device", got=device, wanted='None, "cpu" or "cuda"')
+    if threads is not None:
+        torch.set_num_threads(threads)
+    program = open_program(folder, manifest, "model").to(device)
+
+    def run(arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+        with torch.no_grad():
+            out = program(**{k: torch.from_numpy(v).to(device) for k, v in arrays.items()})
+        return [out[spec.name].cpu().numpy() for spec in manifest.outputs]
+
+    return Session(folder, manifest, run, device)
+
+
+def _open_ascend(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
+    if device != "reference":
+        raise ArtifactError(
+            str(folder),
+            "running an ascend artifact needs CANN and an NPU, and its .om is not built yet",
+            got=f"device={device!r}",
+            fix='load it with device="reference" to run its verify twin in onnxruntime',
+        )
+    return Session(folder, manifest, onnx_runner(folder, manifest, "verify", threads), "reference")
+
+
+RUNTIMES: dict[str, Callable[[Path, Manifest, str | None, int | None], Session]] = {
+    "onnxruntime": _open_onnxruntime,
+    "torch": _open_torch,
+    "ascend": _open_ascend,
+}

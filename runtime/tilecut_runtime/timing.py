@@ -1,0 +1,54 @@
+"""Time several things fairly on one machine: interleaved rounds, medians, CPU time beside wall time.
+
+A machine's speed drifts with its neighbours and its clock; a round runs each contender once, so the drift hits all
+alike and their ratios hold.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one contender: medians of CPU and wall time, and the 95th percentile of wall time."""
+
+    cpu_ms: float
+    wall_ms: float
+    p95_ms: float
+    rounds: int
+
+
+def time_interleaved(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int = 30,
+    warmup: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Run every contender once a round, for `rounds` counted rounds after `warmup` that are not counted."""
+    cpu: dict[str, list[float]] = {name: [] for name in contenders}
+    wall: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(warmup + rounds):
+        for name, run in contenders.items():
+            start_cpu, start = time.process_time(), time.perf_counter()
+            run()
+            end, end_cpu = time.perf_counter(), time.process_time()
+            if i >= warmup:
+                cpu[name].append(1e3 * (end_cpu - start_cpu))
+                wall[name].append(1e3 * (end - start))
+        if progress is not None:
+            progress(i + 1, warmup + rounds)
+
+    def one(name: str) -> Timing:
+        ordered = sorted(wall[name])
+        return Timing(
+            statistics.median(cpu[name]),
+            statistics.median(wall[name]),
+            ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+            rounds,
+        )
+
+    return {name: one(name) for name in contenders}

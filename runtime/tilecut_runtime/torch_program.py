@@ -1,0 +1,84 @@
+"""Read and write exported programs without weights and without pickle.
+
+A program is a `torch.export` archive whose tensors live on the meta device: the graph travels in the .pt2, the
+weights once, in `model.safetensors` beside it. Run without its weights it raises; it never computes with made-up
+numbers. `save_program` drops the pickled sample inputs that `torch.export.save` would carry.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.export import ExportedProgram
+
+# Importing it registers tilecut::attention, which a program may call.
+import tilecut_runtime.attention
+from tilecut_runtime.errors import ArtifactError
+from tilecut_runtime.manifest import Manifest
+
+WEIGHTS = "model.safetensors"
+
+
+def save_program(program: ExportedProgram, path: Path) -> None:
+    """Write the graph of `program`; parameters, buffers and constants become meta tensors of their dtype and shape."""
+    bare = copy.copy(program)
+    bare._example_inputs = None
+    bare._state_dict = {k: _to_meta(v) for k, v in program.state_dict.items()}
+    bare._constants = {k: _to_meta(v) if isinstance(v, torch.Tensor) else v for k, v in program.constants.items()}
+    torch.export.save(bare, path)
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    meta = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+def tensors_of(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """Every tensor that `save_program` leaves out, by name."""
+    held = {**program.state_dict, **{k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)}}
+    return {k: v.detach() for k, v in held.items()}
+
+
+def read_program(path: Path, weights: Path) -> ExportedProgram:
+    """The program at `path` with the tensors of `weights` in place.
+
+    Raises:
+        ArtifactError: a tensor is missing or has another shape or dtype than the graph says.
+    """
+    program = torch.export.load(path)
+    tensors = load_file(weights)
+
+    def fill(held: dict) -> None:
+        for name, meta in held.items():
+            if not isinstance(meta, torch.Tensor):
+                continue
+            if name not in tensors:
+                raise ArtifactError(str(weights), f"tensor {name} is missing")
+            tensor = tensors[name]
+            if tensor.shape != meta.shape or tensor.dtype != meta.dtype:
+                raise ArtifactError(
+                    str(weights),
+                    f"tensor {name} does not fit the graph",
+                    got=f"{tensor.dtype} {list(tensor.shape)}",
+                    wanted=f"{meta.dtype} {list(meta.shape)}",
+                )
+            held[name] = nn.Parameter(tensor, meta.requires_grad) if isinstance(meta, nn.Parameter) else tensor
+
+    fill(program.state_dict)
+    fill(program.constants)
+    return program
+
+
+def open_program(folder: Path, manifest: Manifest, entry: str) -> nn.Module:
+    """The artifact's program as a module: keyword inputs in, a dict of outputs out."""
+    name = manifest.entry[entry]
+    manifest.check_files(folder, [name, WEIGHTS])
+    return cast(nn.Module, read_program(folder / name, folder / WEIGHTS).module())
+
+
+__all__ = ["WEIGHTS", "open_program", "read_program", "save_program", "tensors_of", "tilecut_runtime"]

@@ -1,0 +1,1 @@
+"""The cuda target: an exported program that calls tilecut::attention."""

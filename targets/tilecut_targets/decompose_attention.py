@@ -1,0 +1,58 @@
+"""`tilecut::attention` as MatMul and Softmax: what every ONNX target falls back to for a node it has no fused op for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def decomposed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    *,
+    scale: float,
+    causal: str,
+    window: list[int],
+    global_tokens: int,
+    softcap: float,
+    dropout_p: float,
+) -> Tensor:
+    """tilecut::attention as MatMul and Softmax, for what neither fused op can express. A row without a key is uniform."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    sq, sk = q.shape[-2], k.shape[-2]
+    shift = 0 if causal == "top_left" else sk - sq
+    behind = torch.arange(sq, device=q.device)[:, None] + shift - torch.arange(sk, device=q.device)[None, :]
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[:, None, None] * behind.abs().to(q.dtype)
+    dropped = []
+    left, right = window
+    if left >= 0 or right >= 0:
+        outside = torch.zeros_like(behind, dtype=torch.bool)
+        if left >= 0:
+            outside = outside | (behind > left)
+        if right >= 0:
+            outside = outside | (-behind > right)
+        if global_tokens:
+            is_global = (torch.arange(sk, device=q.device)[None, :] < global_tokens) | (
+                torch.arange(sq, device=q.device)[:, None] + shift < global_tokens
+            )
+            outside = outside & ~is_global
+        dropped.append(outside)
+    if causal != "none":
+        dropped.append(behind < 0)
+    if key_padding is not None:
+        dropped.append(~key_padding[:, None, None, :])
+    for mask in dropped:
+        scores = scores.masked_fill(mask, torch.finfo(q.dtype).min)
+    return torch.softmax(scores, -1) @ v

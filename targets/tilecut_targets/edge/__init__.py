@@ -1,0 +1,1 @@
+"""The edge target: ONNX for onnxruntime on a CPU."""

@@ -1,0 +1,155 @@
+"""Lower `tilecut::attention` to the fused ops of onnxruntime's CPU provider.
+
+Before: tilecut::attention(q, k, v, key_padding, bias), heads apart: [B, H, S, D].
+After, the first form that fits:
+    packed      com.microsoft::Attention(x, Wqkv, bqkv, mask): q, k and v are linear layers of one x; the three weights
+                are packed here, at compile time
+    separate    com.microsoft::MultiHeadAttention(q, k, v, .., mask, bias): heads folded into the last dimension
+Left alone, with the reason in `graph.refusals` (the exporter then writes MatMul and Softmax): grouped queries, windows,
+global tokens, soft-caps, ALiBi in the op, and causal attention whose queries and keys differ in number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeGuard, cast
+
+import torch
+from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, sizes_of, source, value_of
+from torch import Tensor, fx, nn
+
+from tilecut_targets.edge import ort_ops
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A head tensor [B, H, S, D] that is a linear layer of `source`: weight [H*D, I], bias [H*D] or None."""
+
+    source: fx.Node
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class LowerAttention:
+    """Every attention that onnxruntime has a fused op for becomes one."""
+
+    def match(self, node: fx.Node) -> str | None:
+        """Why neither fused op can express this attention, or None when one can."""
+        a = arguments(node)
+        q, k = value_of(a["q"]), value_of(a["k"])
+        if q.shape[1] != k.shape[1]:
+            return f"{q.shape[1]} query heads on {k.shape[1]} KV heads: the fused ops of the CPU provider take one each"
+        if list(a["window"]) != [-1, -1] or a["global_tokens"] or a["softcap"] or a["alibi_slopes"] is not None:
+            return "window, global tokens, soft-cap or ALiBi: the fused ops of the CPU provider have none"
+        if a["causal"] == "bottom_right" or (a["causal"] == "top_left" and sizes_of(q)[2] != sizes_of(k)[2]):
+            return f"{a['causal']} causal attention between different numbers of queries and keys"
+        if a["bias"] is not None and any(
+            s == 1 and w != 1 for s, w in zip(value_of(a["bias"]).shape[2:], (q.shape[2], k.shape[2]))
+        ):
+            return "a bias that is broadcast over queries or keys"
+        return None
+
+    def __call__(self, graph: Graph) -> int:
+        """Lower in place; returns the number of attentions."""
+        masks: dict[fx.Node, fx.Node] = {}
+        count = 0
+        for node in [n for n in graph.nodes if is_call(n, torch.ops.tilecut.attention.default)]:
+            if reason := self.match(node):
+                graph.refusals.append(Refusal("LowerAttention", node.name, reason))
+                continue
+            a = arguments(node)
+            mask = _int32_mask(graph, a["key_padding"], masks)
+            parts = [p for name in "qkv" if (p := find_projection(graph, a[name])) is not None]
+            one = len(parts) == 3 and len({(p.source, p.weight.shape) for p in parts}) == 1
+            folded = _packed(graph, node, a, mask, parts) if one and a["bias"] is None else _separate(graph, node, a, mask)
+            _replace(graph, node, folded)
+            count += 1
+        return count
+
+
+def find_projection(graph: Graph, heads: fx.Node) -> Projection | None:
+    """The linear layer behind transpose(reshape(linear(x), [B, S, H, D]), 1, 2), or None."""
+    if not swaps_heads(heads):
+        return None
+    split = source(heads)
+    if not is_call(split, aten.reshape.default) or value_of(split).ndim != 4:
+        return None
+    linear = split.args[0]
+    if (
+        not is_call(linear, aten.linear.default)
+        or value_of(linear).ndim != 3
+        or sizes_of(value_of(linear))[:2] != sizes_of(value_of(split))[:2]
+    ):
+        return None
+    a = arguments(linear)
+    tensors = [a["weight"], *([a["bias"]] if a["bias"] is not None else [])]
+    if any(x.op != "get_attr" for x in tensors):
+        return None
+    weight, *bias = (graph.tensor(str(x.target)).detach() for x in tensors)
+    return Projection(a["input"], weight, bias[0] if bias else None)
+
+
+def swaps_heads(node: object) -> TypeGuard[fx.Node]:
+    """Whether a node transposes the heads and the positions of [B, H, S, D] or [B, S, H, D]."""
+    return is_call(node, aten.transpose.int) and sorted(cast(int, d) % 4 for d in node.args[1:3]) == [1, 2]
+
+
+def _packed(graph: Graph, node: fx.Node, a: dict[str, Any], mask: fx.Node | None, parts: list[Projection]) -> fx.Node:
+    weight = torch.cat([p.weight for p in parts]).T.contiguous()
+    bias = torch.cat([p.bias if p.bias is not None else p.weight.new_zeros(len(p.weight)) for p in parts])
+    w, b = (
+        graph.add_tensor(f"{node.name}_qkv.weight", nn.Parameter(weight)),
+        graph.add_tensor(f"{node.name}_qkv.bias", nn.Parameter(bias)),
+    )
+    with calls_before(graph, node) as call:
+        return call(
+            ort_ops.attention, parts[0].source, w, b, mask, value_of(a["q"]).shape[1], a["scale"], a["causal"] != "none"
+        )
+
+
+def _separate(graph: Graph, node: fx.Node, a: dict[str, Any], mask: fx.Node | None) -> fx.Node:
+    with calls_before(graph, node) as call:
+        folded = []
+        for name in "qkv":
+            heads = a[name]
+            apart = source(heads) if swaps_heads(heads) else call(aten.transpose.int, heads, 1, 2)
+            folded.append(call(aten.flatten.using_ints, apart, 2, 3))
+        return call(
+            ort_ops.multi_head_attention,
+            *folded,
+            mask,
+            a["bias"],
+            value_of(a["q"]).shape[1],
+            a["scale"],
+            a["causal"] != "none",
+        )
+
+
+def _int32_mask(graph: Graph, padding: fx.Node | None, made: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    if padding is None:
+        return None
+    if padding not in made:
+        with calls_before(graph, padding.next) as call:
+            made[padding] = call(aten._to_copy.default, padding, dtype=torch.int32)
+    return made[padding]
+
+
+def _replace(graph: Graph, node: fx.Node, folded: fx.Node) -> None:
+    """Give the users of [B, H, S, E] the folded [B, S, H*E]; the usual transpose and reshape back disappear."""
+    heads, width = value_of(node).shape[1], value_of(node).shape[3]
+    for user in list(node.users):
+        if swaps_heads(user):
+            for fold in list(user.users):
+                if is_call(fold, aten.reshape.default) and sizes_of(value_of(fold)) == sizes_of(value_of(folded)):
+                    fold.replace_all_uses_with(folded)
+                    graph.fx.erase_node(fold)
+            if not user.users:
+                graph.fx.erase_node(user)
+    if node.users:
+        with calls_before(graph, node) as call:
+            apart = call(aten.transpose.int, call(aten.unflatten.int, folded, 2, [heads, width]), 1, 2)
+        node.replace_all_uses_with(apart)
+    graph.fx.erase_node(node)

@@ -1,0 +1,69 @@
+"""onnxruntime's own ops as functions that torch's exporter writes out. Under eager torch they return zeros.
+
+Specification: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ONNX_OPSET = 20
+
+
+def attention(
+    x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, num_heads: int, scale: float, causal: bool
+) -> Tensor:
+    """com.microsoft::Attention: packed QKV projection and self-attention.
+
+    x [B, S, I], weight [I, 3*H*D] (q | k | v), bias [3*H*D], mask int32 [B, S] (1 keeps) -> [B, S, H*D].
+    `qkv_hidden_sizes` is left out: with it onnxruntime's int8 path is not taken.
+    """
+    inputs = (x, weight, bias) if mask is None else (x, weight, bias, mask)
+    attrs = {"num_heads": num_heads, "scale": scale, "unidirectional": int(causal)}
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::Attention",
+        inputs,
+        attrs=attrs,
+        dtype=x.dtype,
+        shape=(*x.shape[:2], weight.shape[1] // 3),
+        version=1,
+    )
+
+
+def multi_head_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    bias: Tensor | None,
+    num_heads: int,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """com.microsoft::MultiHeadAttention on projected operands.
+
+    q [B, Sq, H*D], k [B, Sk, H*D], v [B, Sk, H*E], key_padding int32 [B, Sk], bias [B|1, H|1, Sq, Sk] -> [B, Sq, H*E].
+    """
+    inputs: tuple[Tensor | None, ...] = (q, k, v, None, key_padding, bias)
+    while inputs[-1] is None:
+        inputs = inputs[:-1]
+    attrs = {"num_heads": num_heads, "scale": scale, "unidirectional": int(causal)}
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        inputs,
+        attrs=attrs,
+        dtype=q.dtype,
+        shape=(*q.shape[:2], v.shape[-1]),
+        version=1,
+    )
+
+
+def residual_sum(x: Tensor, y: Tensor) -> Tensor:
+    """x + y spelled Sum, which onnxruntime does not fuse into its slow SkipLayerNormalization."""
+    return torch.onnx.ops.symbolic("Sum", (x, y), dtype=x.dtype, shape=x.shape, version=13)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """com.microsoft::BiasGelu: gelu(x + bias) with the error function; x [.., N], bias [N]."""
+    return torch.onnx.ops.symbolic("com.microsoft::BiasGelu", (x, bias), dtype=x.dtype, shape=x.shape, version=1)

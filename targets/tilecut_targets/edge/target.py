@@ -1,0 +1,92 @@
+"""target="edge": one ONNX file that is fast under a plain onnxruntime session with default options."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from tilecut_passes.graph import Graph
+from tilecut_passes.run_passes import Pass
+from tilecut_runtime.errors import ConfigError
+from tilecut_runtime.manifest import Manifest, Rung
+from tilecut_runtime.reference import Case
+from tilecut_runtime.session import onnx_runner
+
+from tilecut_targets.decompose_attention import decomposed_attention
+from tilecut_targets.edge import ort_ops
+from tilecut_targets.edge.contend import contend
+from tilecut_targets.edge.lower_attention import LowerAttention
+from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
+from tilecut_targets.edge.lower_residual import LowerResidual
+from tilecut_targets.target import Contenders, Target, Written, rung
+from tilecut_targets.write_onnx import write_onnx
+
+MODEL = "model.onnx"
+FUSED_ATTENTION = ("Attention", "MultiHeadAttention")
+
+
+@dataclass(frozen=True)
+class EdgeTarget(Target):
+    """onnxruntime on a CPU: latency follows MACs, multiples of 16 suffice, any number of heads."""
+
+    name = "edge"
+    runtime = "onnxruntime"
+    block = 16
+    tolerance = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.chip is not None:
+            raise ConfigError("target", "the edge target has no chips", got=f"edge:{self.chip}", wanted="'edge'")
+
+    @property
+    def lowering(self) -> tuple[Pass, ...]:
+        """Fused forms of onnxruntime's CPU provider."""
+        return (LowerAttention(), LowerResidual(), LowerBiasGelu())
+
+    def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
+        """model.onnx at the folder's root."""
+        write_onnx(
+            lowered, folder / MODEL, ort_ops.ONNX_OPSET, {torch.ops.tilecut.attention.default: decomposed_attention}
+        )
+        counts = count_ops(folder / MODEL)
+        attentions = sum(1 for n in fused.nodes if n.target is torch.ops.tilecut.attention.default)
+        fused_nodes = sum(counts[op] for op in FUSED_ATTENTION)
+        return Written(
+            {"model": MODEL},
+            {
+                "onnx_nodes": sum(counts.values()),
+                "fused_attention": fused_nodes,
+                "attention": attentions,
+                "onnx_ops": dict(counts.most_common()),
+            },
+        )
+
+    def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
+        """The ONNX checker, then onnxruntime against the pruned torch model."""
+        onnx.checker.check_model(str(folder / MODEL))
+        run = onnx_runner(folder, manifest, "model", None)
+        names = [spec.name for spec in manifest.outputs]
+        error = max(case.error(dict(zip(names, run(case.inputs)))) for case in cases)
+        sizes = ", ".join(case.size for case in cases)
+        return [
+            Rung("onnx checker", "passed", f"{MODEL} is valid ONNX"),
+            rung(
+                "artifact equals pruned model",
+                error,
+                self.tolerance,
+                f"onnxruntime against torch on ragged inputs of {sizes}",
+            ),
+        ]
+
+    def contenders(self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path) -> Contenders:
+        """The dense model by this very path, as torch exports it, and after onnxruntime's own transformer optimizer."""
+        return contend(self.lowering, dense, folder / MODEL, threads, scratch)
+
+
+def count_ops(path: Path) -> collections.Counter[str]:
+    """How many nodes of each op an ONNX file holds."""
+    return collections.Counter(n.op_type for n in onnx.load(str(path), load_external_data=False).graph.node)

@@ -1,0 +1,92 @@
+"""Graph to `torch.export` program: what every target's writer starts from."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from tilecut_passes.capture import quiet_torch
+from tilecut_passes.graph import Graph
+from tilecut_runtime.errors import LoweringError
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+
+def example_inputs(graph: Graph, sizes: dict[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs for the graph at given dynamic sizes (each defaults to a small prime of its own).
+
+    Integers are 0 or 1, which every embedding and mask accepts; masks are ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    primes = dict(zip(graph.dims.values(), (2, 7, 11, 5, 13, 3, 17)))
+    at = {**primes, **(sizes or {})}
+    out = {}
+    for spec in graph.input_specs():
+        shape = [s if isinstance(s, int) else at[s] for s in spec.shape]
+        dtype = getattr(torch, spec.dtype)
+        if dtype.is_floating_point:
+            out[spec.name] = torch.randn(shape, generator=generator).to(dtype)
+        elif "mask" in spec.name:
+            out[spec.name] = torch.ones(shape, dtype=dtype)
+        else:
+            out[spec.name] = torch.randint(0, 2, shape, generator=generator).to(dtype)
+    return out
+
+
+def named_module(graph: Graph) -> nn.Module:
+    """The graph as a module with keyword inputs that returns a dict; its tensors keep their names."""
+    module = _Named(type(graph.module).forward, graph.inputs, graph.outputs)
+    for held, add in (
+        (graph.module._parameters, module.register_parameter),
+        (graph.module._buffers, module.register_buffer),
+        (graph.module._modules, module.add_module),
+    ):
+        for name, value in held.items():
+            add(name, value)  # type: ignore[arg-type]
+    return module
+
+
+class _Named(nn.Module):
+    """`forward` has the inputs' names as its signature, which is what torch.export matches dynamic shapes with."""
+
+    def __init__(self, run: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]):
+        super().__init__()
+
+        def forward(*args: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+            given = signature.bind(*args, **inputs)
+            return dict(zip(outputs, run(self, *given.args)))
+
+        signature = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in inputs]
+        )
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+def export_program(graph: Graph, positional: bool = False) -> ExportedProgram:
+    """Export a graph again, with its dynamic sizes under their names.
+
+    Args:
+        positional: take inputs by position and return a tuple, as ONNX export wants; else by name, returning a dict.
+
+    Raises:
+        LoweringError: torch.export refuses the graph.
+    """
+    inputs = example_inputs(graph)
+    dims = {name: Dim(name, min=r.min, max=r.max) for name, r in graph.ranges.items()}
+    shapes = {
+        spec.name: {d: dims[s] for d, s in enumerate(spec.shape) if isinstance(s, str)} for spec in graph.input_specs()
+    }
+    if positional:
+        module, args, kwargs, dynamic = graph.module, tuple(inputs.values()), {}, tuple(shapes.values())
+    else:
+        module, args, kwargs, dynamic = named_module(graph), (), inputs, shapes
+    try:
+        with quiet_torch():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)  # type: ignore[arg-type]
+    # torch.export raises whatever an op's meta function raises.
+    except Exception as e:
+        raise LoweringError(
+            "export_program", f"torch.export refused the graph: {type(e).__name__}: {str(e).splitlines()[0][:300]}"
+        ) from e

@@ -1,0 +1,95 @@
+"""What a target is: the shapes it likes, the passes that lower to it, how its artifact is written, and how checked.
+
+To add one: subclass `Target` in a package of its own and add a line to `TARGETS` in `find_target.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tilecut_passes.enforce_block_multiple import EnforceBlockMultiple
+from tilecut_passes.enforce_head_width import EnforceHeadWidth
+from tilecut_passes.enforce_power_of_two_heads import EnforcePowerOfTwoHeads
+from tilecut_passes.graph import Graph
+from tilecut_passes.legalize_groups import LegalizeGroups
+from tilecut_passes.run_passes import Pass
+from tilecut_passes.search import Lattice
+from tilecut_runtime.manifest import Manifest, Rung
+from tilecut_runtime.reference import Arrays, Case
+
+
+@dataclass
+class Written:
+    """What `Target.write` put into the folder: the manifest's entries, and facts for the report."""
+
+    entry: dict[str, str]
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """What is timed side by side: runners by name, and those that could not be made, with the reason."""
+
+    runners: dict[str, Callable[[Arrays], object]]
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """One kind of device. `chip` narrows it down where the target has several."""
+
+    chip: str | None = None
+
+    # Set by subclasses.
+    name = ""
+    runtime = ""
+    block = 1
+    head_width = 1
+    power_of_two_heads = False
+    # How far an artifact may differ from the pruned torch model, relative to the output's magnitude.
+    tolerance = 1e-4
+
+    def lattice(self, block: int | None = None, power_of_two_heads: bool | None = None) -> Lattice:
+        """The sizes that search may choose; the caller's block is combined with the target's by least common multiple."""
+        both = math.lcm(self.block, block or 1)
+        powers = self.power_of_two_heads if power_of_two_heads is None else power_of_two_heads
+        return Lattice(
+            {"heads": 1, "kv_groups": 1, "neurons": both}, frozenset({"heads", "kv_groups"} if powers else ())
+        )
+
+    def enforce(self, power_of_two_heads: bool | None = None) -> tuple[LegalizeGroups, ...]:
+        """Passes that bring any graph or plan to shapes that the target takes; they rewrite nothing that search chose."""
+        powers = self.power_of_two_heads if power_of_two_heads is None else power_of_two_heads
+        heads = (EnforcePowerOfTwoHeads(),) if powers else ()
+        return (EnforceHeadWidth(multiple=self.head_width), *heads, EnforceBlockMultiple(block=self.block))
+
+    @property
+    @abstractmethod
+    def lowering(self) -> tuple[Pass, ...]:
+        """Passes from the fused graph to what `write` can express."""
+
+    @abstractmethod
+    def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
+        """Write the model's files into `folder`."""
+
+    @abstractmethod
+    def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
+        """Climb the verification ladder; `cases` come from the pruned torch model."""
+
+    def contenders(
+        self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path
+    ) -> Contenders | None:
+        """The artifact ("pruned artifact") and forms of the dense model to time it against; None where none can run here."""
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.chip}" if self.chip else self.name
+
+
+def rung(name: str, figure: float, limit: float, detail: str) -> Rung:
+    """A rung that passes when the figure does not exceed the limit."""
+    return Rung(name, "passed" if figure <= limit else "failed", detail, float(figure), float(limit))

@@ -1,0 +1,27 @@
+"""Every test runs offline, on fixed seeds, and without progress bars."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Workers run side by side: one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gc
+
+import hypothesis
+import pytest
+import torch
+
+# torch.export makes millions of small objects; collecting them often is a quarter of its time.
+gc.set_threshold(100_000, 50, 50)
+
+# The explain phase traces every line that runs, torch's included.
+phases = [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain]
+hypothesis.settings.register_profile("tilecut", deadline=None, phases=phases, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.load_profile("tilecut")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)

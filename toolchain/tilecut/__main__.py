@@ -1,0 +1,6 @@
+"""`python -m tilecut`."""
+
+from tilecut.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`Artifact`: a compiled folder, seen from where torch is: its plan, report, verification, and the model as a module."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tilecut_passes.plan import PrunePlan
+from tilecut_runtime.manifest import Manifest, Rung
+from tilecut_runtime.reference import read_cases
+from tilecut_runtime.torch_program import WEIGHTS, read_program
+
+PLAN, REPORT, REPORT_PAGE, MODULE = "plan.json", "report.json", "report.html", "module.pt2"
+
+
+class Artifact:
+    """An artifact on disk. Reading it checks that it is one; `verify` checks that it is whole and right."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest = Manifest.read(self.path)
+
+    def __repr__(self) -> str:
+        return f"Artifact({str(self.path)!r}, target={self.manifest.target!r}, model={self.manifest.model!r})"
+
+    @cached_property
+    def plan(self) -> PrunePlan:
+        """Which units stayed."""
+        self.manifest.check_files(self.path, [PLAN])
+        return PrunePlan.read(self.path / PLAN)
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """What `report.json` says."""
+        self.manifest.check_files(self.path, [REPORT])
+        return json.loads((self.path / REPORT).read_text(encoding="utf-8"))
+
+    def verify(self) -> list[Rung]:
+        """Check every file's hash, then run the artifact on its reference inputs.
+
+        Raises:
+            ArtifactError: a file is missing, truncated or altered.
+        """
+        # Targets import their writers; looking at an artifact does not.
+        from tilecut_targets.find_target import find_target
+
+        self.manifest.check_files(self.path)
+        rungs = [Rung("hashes", "passed", f"{len(self.manifest.files)} files are as the manifest says")]
+        return rungs + find_target(self.manifest.target).verify(
+            self.path, self.manifest, read_cases(self.path, self.manifest)
+        )
+
+    def module(self) -> Any:
+        """The pruned model as a trainable `nn.Module` with weights of its own.
+
+        It takes the model's inputs by name or position and returns what the model returned: a tensor, a tuple, or a
+        dict whose entries are attributes too. Dropout is not in it: the model was captured in eval mode.
+        """
+        from tilecut.pruned_module import PrunedModule
+
+        self.manifest.check_files(self.path, [MODULE, WEIGHTS])
+        return PrunedModule(read_program(self.path / MODULE, self.path / WEIGHTS), self.manifest)

@@ -1,0 +1,148 @@
+"""From a config and scores to a plan: the budgets, the legal lattice of the target, and the search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tilecut_passes.axes.groups import Group, find_frozen
+from tilecut_passes.axes.infer import Axes
+from tilecut_passes.count_macs import MacCounter, count_parameters
+from tilecut_passes.graph import Graph
+from tilecut_passes.plan import PrunePlan
+from tilecut_passes.score import Ranking
+from tilecut_passes.search import Cost, Lattice, Limit, search
+from tilecut_runtime.errors import ConfigError
+from tilecut_targets.target import Target
+
+from tilecut.config import PruneConfig
+
+ATTENTION_KINDS = ("heads", "kv_groups")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, the lattice it lies on, and the MACs before and after."""
+
+    plan: PrunePlan
+    lattice: Lattice
+    counter: MacCounter
+
+    def macs(self) -> dict[str, int]:
+        """MACs of the whole model and of its prunable part, dense and pruned."""
+        counts = {g.name: len(g.kept) for g in self.plan.groups if g.name in self.counter.leaf_of}
+        names = [g.name for g in self.plan.groups if g.name in self.counter.leaf_of]
+        return {
+            "dense": self.counter.total(),
+            "pruned": self.counter.total(counts),
+            "prunable_dense": self.counter.of_groups(names),
+            "prunable_pruned": self.counter.of_groups(names, counts),
+        }
+
+
+def choose_plan(
+    graph: Graph,
+    axes: Axes,
+    groups: Sequence[Group],
+    rankings: Mapping[str, Ranking],
+    config: PruneConfig,
+    target: Target,
+) -> Choice:
+    """The plan that loses least within every budget of `config`.
+
+    Raises:
+        ConfigError: a budget that no legal model meets; names the smallest reachable.
+    """
+    names = [g.name for g in groups]
+    counter = MacCounter(axes, list(groups), config.sizes())
+    lattice = target.lattice(config.block, config.power_of_two_heads)
+    sizes = search(
+        groups,
+        counter.groups_together(names),
+        {n: r.losses for n, r in rankings.items()},
+        lattice,
+        _limits(graph, groups, counter, config),
+        _fixed(groups, lattice, config),
+    )
+    plan = PrunePlan.keep_all(graph, groups).keeping({n: rankings[n].best(k) for n, k in sizes.items()})
+    plan = replace(plan, target=str(target), at=config.sizes(), frozen=tuple(find_frozen(axes)))
+    return Choice(plan, lattice, counter)
+
+
+def keep_everything(graph: Graph, axes: Axes, groups: Sequence[Group], at: dict[str, int], target: Target) -> Choice:
+    """The plan of a dense compile."""
+    plan = replace(PrunePlan.keep_all(graph, groups), target=str(target), at=at, frozen=tuple(find_frozen(axes)))
+    return Choice(plan, target.lattice(), MacCounter(axes, list(groups), at))
+
+
+def _limits(graph: Graph, groups: Sequence[Group], counter: MacCounter, config: PruneConfig) -> list[Limit]:
+    names = [g.name for g in groups]
+    by_name = {g.name: g for g in groups}
+    prunable = counter.of_groups(names)
+    limits = []
+
+    def macs(of: Sequence[str], sizes: Mapping[str, int]) -> float:
+        return counter.of_groups(of, sizes)
+
+    if config.cut_fraction is not None:
+        limits.append(Limit("prunable MACs", math.floor((1 - config.cut_fraction) * prunable), macs))
+    if config.max_macs is not None:
+        limits.append(_whole("MACs", config.max_macs, counter.total() - prunable, macs))
+    if config.attention_sparsity is not None:
+        attention = {n for n in names if by_name[n].kind in ATTENTION_KINDS}
+        if not attention:
+            raise ConfigError("PruneConfig", "attention_sparsity is asked for, but no attention can be cut")
+        budget = math.floor((1 - config.attention_sparsity) * counter.of_groups([n for n in names if n in attention]))
+        limits.append(
+            Limit("attention MACs", budget, lambda of, sizes: macs(of, sizes) if attention.issuperset(of) else 0.0)
+        )
+    for what, budget, weight in (("parameters", config.max_params, 1), ("bytes", config.max_bytes, None)):
+        if budget is None:
+            continue
+        per_unit = {n: unit_numbers(graph, by_name[n], in_bytes=weight is None) for n in names}
+        whole = count_parameters(graph) if weight else sum(t.numel() * t.element_size() for t in graph.tensors.values())
+        fixed = whole - sum(per_unit[n] * by_name[n].size for n in names)
+        limits.append(_whole(what, budget, fixed, lambda of, sizes, per=per_unit: sum(per[n] * sizes[n] for n in of)))
+    return limits
+
+
+def _whole(what: str, budget: int, fixed: int, cost: Cost) -> Limit:
+    """A limit on the whole model, of which `fixed` cannot be cut."""
+    if budget <= fixed:
+        raise ConfigError(
+            "search",
+            f"no legal model fits the budget of {budget:,} {what}",
+            got=f"what cannot be cut alone has {fixed:,}",
+            fix="raise the budget, or allow more kinds",
+        )
+    return Limit(what, budget - fixed, cost)
+
+
+def unit_numbers(graph: Graph, group: Group, in_bytes: bool = False) -> int:
+    """How many numbers (or bytes) one unit of a group owns."""
+    total = 0
+    for member in group.members:
+        tensor = graph.tensor(member.parameter)
+        if tensor.is_floating_point():
+            numbers = tensor.numel() // tensor.shape[member.dim] * math.prod(member.view) // member.view[member.axis]
+            total += numbers * (tensor.element_size() if in_bytes else 1)
+    return total
+
+
+def _fixed(groups: Sequence[Group], lattice: Lattice, config: PruneConfig) -> dict[str, int]:
+    """Sizes that the config gives: the heads of every attention."""
+    wanted = config.num_heads_keep
+    if wanted is None:
+        return {}
+    fixed = {}
+    for group in groups:
+        if group.kind not in ATTENTION_KINDS:
+            continue
+        if wanted > group.size or not lattice.allows(group.kind, wanted, group.size):
+            legal = ", ".join(map(str, lattice.sizes(group.kind, group.size)))
+            raise ConfigError(
+                "PruneConfig", f"num_heads_keep does not fit {group.name}", got=wanted, wanted=f"one of {legal}"
+            )
+        fixed[group.name] = wanted
+    return fixed

@@ -1,0 +1,236 @@
+"""The `tilecut` command: compile, inspect, verify, bench, run, targets.
+
+Exit codes: 0 done; 1 an error, said in one line; 2 wrong usage; 3 a verification failed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from tilecut_runtime.errors import TilecutError, VerificationError
+from tilecut_runtime.manifest import Manifest, Rung
+from tilecut_runtime.session import load
+from tilecut_runtime.timing import time_interleaved
+
+from tilecut import __version__, cli_inputs, show
+
+FAILED, UNVERIFIED = 1, 3
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Cut transformers to the tiles of the kernels they will run on.",
+    epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 verification failed.",
+)
+out, err = Console(), Console(stderr=True)
+
+Folder = Annotated[Path, typer.Argument(help="an artifact's folder")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, nothing else")]
+Device = Annotated[str | None, typer.Option(help='"cpu", "reference", ..; default: what the artifact was compiled for')]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of one run")]
+
+
+def main() -> None:
+    """Run the command line; every TilecutError becomes one line on stderr and an exit code."""
+    try:
+        app()
+    except TilecutError as e:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": {"kind": type(e).__name__, "message": str(e)}}))
+        err.print(f"[bold red]error:[/] {show.plain(str(e))}", highlight=False, soft_wrap=True)
+        sys.exit(UNVERIFIED if isinstance(e, VerificationError) else FAILED)
+    except ModuleNotFoundError as e:
+        err.print(f"[bold red]error:[/] {show.plain(str(e))}", highlight=False, soft_wrap=True)
+        sys.exit(FAILED)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(f"tilecut {__version__}")
+        raise typer.Exit
+
+
+@app.command("compile")
+def compile_(
+    model: Annotated[Path, typer.Argument(help="folder of a Hugging Face model")],
+    target: Annotated[str, typer.Option(help="edge, cuda, ascend, ascend:<chip>")] = "edge",
+    output: Annotated[Path | None, typer.Option(help="the artifact's folder; default <model>-<target>")] = None,
+    calibration: Annotated[Path | None, typer.Option(help=".txt, .tsv or .jsonl; default: general text")] = None,
+    preset: Annotated[str, typer.Option(help="edge, cloud or hybrid; options below override it")] = "hybrid",
+    dense: Annotated[bool, typer.Option("--dense", help="cut nothing, only fuse and lower")] = False,
+    sparsity: Annotated[float | None, typer.Option(help="fraction of the prunable MACs that goes, 0 to 1")] = None,
+    max_macs: Annotated[int | None, typer.Option(help="MACs of the whole model")] = None,
+    max_params: Annotated[int | None, typer.Option(help="parameters of the whole model")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="bytes of the whole model's weights")] = None,
+    attention_sparsity: Annotated[float | None, typer.Option(help="fraction of the attention's MACs that goes")] = None,
+    num_heads_keep: Annotated[int | None, typer.Option(help="heads that every attention keeps")] = None,
+    block: Annotated[int | None, typer.Option(help="widths are multiples of this and of the target's block")] = None,
+    power_of_two_heads: Annotated[bool | None, typer.Option(help="head counts are powers of two")] = None,
+    kinds: Annotated[str | None, typer.Option(help="comma-separated: heads,kv_groups,neurons")] = None,
+    method: Annotated[str | None, typer.Option(help="importance: obs, fisher, taylor or magnitude")] = None,
+    reconstruct: Annotated[bool | None, typer.Option(help="refit weights by least squares")] = None,
+    sequence: Annotated[int | None, typer.Option(help="tokens at which MACs and latency are counted")] = None,
+    seed: Annotated[int | None, typer.Option(help="of every random choice")] = None,
+    measure: Annotated[bool, typer.Option(help="measure latency against the dense model")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Prune, legalize, fuse, lower and emit a model, and verify what was emitted."""
+    from tilecut.compile import compile_pruned
+    from tilecut.config import PruneConfig, find_config
+
+    options: dict[str, Any] = {
+        "sparsity": sparsity,
+        "max_macs": max_macs,
+        "max_params": max_params,
+        "max_bytes": max_bytes,
+        "attention_sparsity": attention_sparsity,
+        "num_heads_keep": num_heads_keep,
+        "block": block,
+        "power_of_two_heads": power_of_two_heads,
+        "method": method,
+        "reconstruct": reconstruct,
+        "seed": seed,
+        "kinds": tuple(k.strip() for k in kinds.split(",")) if kinds else None,
+        "at": {"sequence": sequence} if sequence else None,
+    }
+    given = {k: v for k, v in options.items() if v is not None}
+    base = find_config(preset)
+    assert base is not None
+    held = base.model_dump()
+    if (
+        any(k in given for k in ("max_macs", "max_params", "max_bytes", "num_heads_keep", "attention_sparsity"))
+        and "sparsity" not in given
+    ):
+        # A budget of another kind takes the place of the preset's.
+        held.pop("sparsity")
+    config = None if dense else PruneConfig(**{**held, **given})
+    with show.compile_progress(err, quiet=as_json) as progress:
+        artifact = compile_pruned(
+            model, target, calibration=calibration, config=config, output=output, measure=measure, progress=progress
+        )
+    if as_json:
+        print(json.dumps({"path": str(artifact.path), "report": artifact.report}))
+    else:
+        show.report(out, artifact.report)
+        out.print(
+            f"artifact {artifact.path}\nreport   {artifact.path / 'report.html'}", highlight=False, soft_wrap=True
+        )
+
+
+@app.command()
+def inspect(folder: Folder, as_json: AsJson = False) -> None:
+    """Say what an artifact is: target, inputs, outputs, files, what was kept, how far it was verified."""
+    manifest = Manifest.read(folder)
+    report = (
+        json.loads((folder / "report.json").read_text(encoding="utf-8")) if (folder / "report.json").is_file() else None
+    )
+    if as_json:
+        print(json.dumps({"manifest": asdict(manifest), "report": report}))
+        return
+    show.manifest(out, manifest)
+    if report:
+        show.report(out, report)
+
+
+@app.command()
+def verify(folder: Folder, device: Device = None, as_json: AsJson = False) -> None:
+    """Check every file's hash and run the artifact on its reference inputs."""
+    rungs = _verify(folder, device)
+    if as_json:
+        print(json.dumps({"rungs": [asdict(r) for r in rungs]}))
+    else:
+        show.rungs(out, rungs)
+    if any(r.status == "failed" for r in rungs):
+        raise typer.Exit(UNVERIFIED)
+
+
+def _verify(folder: Path, device: str | None) -> list[Rung]:
+    """The target's own ladder where the compiler is installed, else what the runtime alone can check."""
+    from tilecut_runtime.reference import verify_on_device
+
+    if device is not None:
+        return verify_on_device(folder, device)
+    try:
+        from tilecut.artifact import Artifact
+    except ModuleNotFoundError:
+        return verify_on_device(folder)
+    return Artifact(folder).verify()
+
+
+@app.command()
+def bench(
+    folders: Annotated[list[Path], typer.Argument(help="one artifact, or several to time side by side")],
+    batch: Annotated[str, typer.Option(help="batch sizes, comma-separated")] = "1",
+    sequence: Annotated[str, typer.Option(help="lengths, comma-separated")] = "128",
+    threads: Threads = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="counted rounds")] = 30,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency: interleaved medians of CPU and wall time."""
+    sessions = {str(folder): load(folder, device, threads) for folder in folders}
+    rows = []
+    for b in cli_inputs.numbers("--batch", batch):
+        for s in cli_inputs.numbers("--sequence", sequence):
+            contenders: dict[str, Callable[[], object]] = {}
+            for name, session in sessions.items():
+                inputs = cli_inputs.made_up_inputs(session, b, s)
+                contenders[name] = lambda session=session, inputs=inputs: session.run(inputs)
+            for name, timing in time_interleaved(contenders, rounds).items():
+                rows.append(
+                    {
+                        "artifact": name,
+                        "batch": b,
+                        "sequence": s,
+                        "threads": threads,
+                        **{k: round(v, 3) for k, v in asdict(timing).items()},
+                    }
+                )
+    if as_json:
+        print(json.dumps({"timings": rows}))
+    else:
+        show.timings(out, rows)
+
+
+@app.command()
+def run(
+    folder: Folder,
+    inputs: Annotated[Path | None, typer.Option(help=".npz file with an array for every input")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="a text, tokenized with the artifact's tokenizer; may be repeated")
+    ] = None,
+    outputs: Annotated[Path | None, typer.Option(help=".npz file to write the outputs to")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run an artifact on arrays or texts."""
+    session = load(folder, device, threads)
+    results = session.run(cli_inputs.read_inputs(session, inputs, text))
+    if outputs is not None:
+        cli_inputs.write_outputs(outputs, results)
+    if as_json:
+        print(json.dumps({"outputs": {k: {"dtype": v.dtype.name, "shape": list(v.shape)} for k, v in results.items()}}))
+    else:
+        show.results(out, results)
+
+
+@app.command()
+def targets(as_json: AsJson = False) -> None:
+    """List the targets and the shapes they like."""
+    from tilecut_targets.find_target import TARGETS, find_target
+
+    rows = {name: find_target(name).lattice().describe() for name in TARGETS}
+    if as_json:
+        print(json.dumps({"targets": rows}))
+    else:
+        show.targets(out, rows)

@@ -1,0 +1,96 @@
+"""What the command line reads: numbers, made-up inputs, arrays from files, tokenized texts. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tilecut_runtime.errors import InputError
+from tilecut_runtime.manifest import DimRange
+from tilecut_runtime.session import Session
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """A comma-separated list of positive integers."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError as e:
+        raise InputError(option, "not a comma-separated list of integers", got=repr(text), wanted="e.g. 1,8") from e
+    if not found or min(found) < 1:
+        raise InputError(option, "sizes must be positive", got=repr(text))
+    return found
+
+
+def made_up_inputs(session: Session, batch: int, sequence: int) -> dict[str, np.ndarray]:
+    """Inputs of the given sizes: masks of ones, ids of 1, random floats.
+
+    Raises:
+        InputError: a size that the model does not allow.
+    """
+    generator = np.random.default_rng(0)
+    out = {}
+    for spec in session.inputs:
+        shape = [
+            d if isinstance(d, int) else _checked(session, d, batch if d == "batch" else sequence) for d in spec.shape
+        ]
+        out[spec.name] = (
+            generator.standard_normal(shape).astype(spec.dtype)
+            if spec.dtype.startswith("float")
+            else np.ones(shape, spec.dtype)
+        )
+    return out
+
+
+def _checked(session: Session, name: str, size: int) -> int:
+    limits = session.manifest.dims.get(name, DimRange())
+    if size < limits.min or (limits.max is not None and size > limits.max):
+        raise InputError(
+            f"--{name}", "the model does not allow that size", got=size, wanted=f"{limits.min} to {limits.max or 'any'}"
+        )
+    return size
+
+
+def read_inputs(session: Session, path: Path | None, texts: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """Inputs from an .npz file or from texts.
+
+    Raises:
+        InputError: neither or both are given, the file cannot be read, or the artifact has no tokenizer.
+    """
+    if (path is None) == (not texts):
+        raise InputError("tilecut run", "give either --inputs or --text")
+    if path is not None:
+        try:
+            with np.load(path, allow_pickle=False) as held:
+                return {name: held[name] for name in held.files}
+        except (OSError, ValueError, AttributeError) as e:
+            raise InputError(str(path), f"cannot be read as .npz ({e})") from e
+    file = session.path / "tokenizer.json"
+    if not file.is_file():
+        raise InputError("--text", "the artifact holds no tokenizer.json", fix="give --inputs")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_padding()
+    limit = session.manifest.dims.get("sequence", DimRange()).max
+    if limit:
+        tokenizer.enable_truncation(limit)
+    encoded = tokenizer.encode_batch(list(texts or []))
+    made = {
+        "input_ids": [e.ids for e in encoded],
+        "attention_mask": [e.attention_mask for e in encoded],
+        "token_type_ids": [e.type_ids for e in encoded],
+    }
+    return {spec.name: np.array(made[spec.name], dtype=spec.dtype) for spec in session.inputs if spec.name in made}
+
+
+def write_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
+    """Save outputs as .npz.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        np.savez(path, **outputs)  # type: ignore[arg-type]
+    except OSError as e:
+        raise InputError(str(path), f"cannot be written ({e.strerror})") from e

@@ -1,0 +1,67 @@
+"""Inputs to verify with, made up to fit a graph: ragged batches at several lengths, token ids over the whole vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tilecut_passes.calibration import Batch
+from tilecut_passes.graph import Graph, is_call, source, value_of
+from tilecut_runtime.reference import Case
+from torch import Tensor
+
+# (batch, length) of the cases; lengths are cut to what the model allows.
+SIZES = ((1, 1), (1, 8), (2, 13), (5, 64), (8, 256))
+
+
+def make_inputs(graph: Graph, batch: int, length: int, seed: int, ragged: bool = True) -> dict[str, Tensor]:
+    """Random inputs: ids from the embedding that reads them, masks right-padded to random lengths (the first row whole).
+
+    Every dynamic size other than the batch is `length`, within its own range.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    out = {}
+    for name, node, spec in zip(graph.inputs, graph.placeholders, graph.input_specs(), strict=True):
+        shape = [s if isinstance(s, int) else _size(graph, s, batch, length) for s in spec.shape]
+        dtype = getattr(torch, spec.dtype)
+        tables = [source(u) for u in node.users if is_call(u, torch.ops.aten.embedding.default) and u.args[1] is node]
+        rows = min((int(value_of(t).shape[0]) for t in tables), default=2)
+        if dtype.is_floating_point:
+            out[name] = torch.randn(shape, generator=generator).to(dtype)
+        elif "mask" in name and len(shape) == 2:
+            lengths = torch.randint(1, shape[1] + 1, (shape[0],), generator=generator)
+            lengths[0] = shape[1]
+            mask = torch.arange(shape[1])[None] < lengths[:, None] if ragged else torch.ones(shape, dtype=torch.bool)
+            out[name] = mask.to(dtype)
+        else:
+            out[name] = torch.randint(0, rows, shape, generator=generator).to(dtype)
+    return out
+
+
+def _size(graph: Graph, name: str, batch: int, length: int) -> int:
+    limits = graph.ranges[name]
+    wanted = batch if name == "batch" else length
+    return max(limits.min, wanted if limits.max is None else min(wanted, limits.max))
+
+
+def make_cases(graph: Graph, seed: int = 0, sizes: Sequence[tuple[int, int]] = SIZES) -> list[Case]:
+    """Cases whose expected outputs are the graph's own."""
+    cases = []
+    seen = set()
+    for i, (batch, length) in enumerate(sizes):
+        inputs = make_inputs(graph, batch, length, seed + i)
+        shapes = tuple(tuple(t.shape) for t in inputs.values())
+        if shapes not in seen:
+            seen.add(shapes)
+            cases.append(make_case(inputs, graph.run(inputs)))
+    return cases
+
+
+def make_case(inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Case:
+    """A case from torch tensors; padded positions of an output do not count."""
+    batch = Batch(inputs)
+    valid = {}
+    for name, value in outputs.items():
+        mask = batch.valid(value)
+        valid[name] = (mask if mask is not None else torch.ones(value.shape[:1], dtype=torch.bool)).numpy()
+    return Case({k: v.numpy() for k, v in inputs.items()}, {k: v.detach().numpy() for k, v in outputs.items()}, valid)

@@ -1,0 +1,65 @@
+"""Latency before and after, on this machine: the artifact against the dense model in the same runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tilecut_passes.graph import Graph
+from tilecut_runtime.manifest import Manifest
+from tilecut_runtime.timing import time_interleaved
+from tilecut_targets.target import Target
+
+from tilecut.make_cases import make_inputs
+
+ROUNDS, WARMUP = 30, 3
+PRUNED = "pruned artifact"
+
+
+def measure_latency(
+    target: Target,
+    dense: Graph,
+    folder: Path,
+    manifest: Manifest,
+    at: dict[str, int],
+    scratch: Path,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Interleaved medians at the sizes of `at`, on `at["threads"]` threads.
+
+    A target whose runtime is not on this machine is reported as not run, never guessed.
+    """
+    threads = at.get("threads", 1)
+    contenders = target.contenders(dense, folder, manifest, threads, scratch)
+    if contenders is None:
+        return {"status": "not run", "why": f"the {target.name} target's device is not on this machine"}
+    inputs = make_inputs(dense, at.get("batch", 1), at.get("sequence", 128), seed=5, ragged=False)
+    arrays: dict[str, np.ndarray] = {k: v.numpy() for k, v in inputs.items()}
+    runs: dict[str, Callable[[], object]] = {
+        name: (lambda run=run: run(arrays)) for name, run in contenders.runners.items()
+    }
+    runs["dense, torch eager"] = lambda: dense.run(inputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        timings = time_interleaved(runs, ROUNDS, WARMUP, progress)
+    finally:
+        torch.set_num_threads(before)
+    return {
+        "status": "measured",
+        "at": dict(at),
+        "rounds": ROUNDS,
+        "failed": contenders.failed,
+        "contenders": {
+            name: {
+                "cpu_ms": round(t.cpu_ms, 3),
+                "wall_ms": round(t.wall_ms, 3),
+                "p95_ms": round(t.p95_ms, 3),
+                "times_pruned": round(t.cpu_ms / timings[PRUNED].cpu_ms, 3),
+            }
+            for name, t in timings.items()
+        },
+    }

@@ -1,0 +1,151 @@
+"""The report: everything that a compile found out, as `report.json` for machines and `report.html` for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from tilecut_passes.count_macs import count_parameters
+from tilecut_passes.graph import Graph, Refusal
+from tilecut_passes.run_passes import PassRecord
+from tilecut_runtime.manifest import Manifest, Rung
+
+from tilecut.artifact import REPORT, REPORT_PAGE
+from tilecut.choose_plan import Choice
+from tilecut.config import PruneConfig
+from tilecut.load_calibration import Calibration
+
+
+def build_report(
+    manifest: Manifest,
+    dense: Graph,
+    pruned: Graph,
+    choice: Choice,
+    config: PruneConfig | None,
+    method: str | None,
+    calibration: Calibration | None,
+    fidelity: dict[str, Any],
+    latency: dict[str, Any],
+    rungs: Sequence[Rung],
+    records: Sequence[PassRecord],
+    facts: dict[str, Any],
+    notes: Sequence[str],
+    refusals: Sequence[Refusal],
+    seconds: dict[str, float],
+    folder: Path,
+) -> dict[str, Any]:
+    """The report as plain data."""
+    macs = choice.macs()
+    files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    deployed = set(manifest.entry.values()) | {
+        name for name in files if any(name.startswith(f"{entry}.") for entry in manifest.entry.values())
+    }
+    return {
+        "model": manifest.model,
+        "target": manifest.target,
+        "created": manifest.created,
+        "config": config.model_dump(mode="json") if config else None,
+        "method": method,
+        "lattice": choice.lattice.describe(),
+        "at": choice.plan.at,
+        "macs": macs,
+        "parameters": {"dense": count_parameters(dense), "pruned": count_parameters(pruned)},
+        "bytes": {
+            "dense_weights": weight_bytes(dense),
+            "pruned_weights": weight_bytes(pruned),
+            "deployed": sum(files[name] for name in deployed),
+            "files": files,
+        },
+        "groups": [
+            {"name": g.name, "kind": g.kind, "size": g.size, "kept": len(g.kept), "padded_to": g.padded_to}
+            for g in choice.plan.groups
+        ],
+        "frozen": [asdict(f) for f in choice.plan.frozen],
+        "calibration": {
+            "source": calibration.source,
+            "tokens": calibration.tokens,
+            "batches": len(calibration.fit),
+            "held_out": len(calibration.held_out),
+        }
+        if calibration
+        else None,
+        "fidelity": fidelity,
+        "latency": latency,
+        "verification": [asdict(r) for r in rungs],
+        "passes": [{"name": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 3)} for r in records],
+        "refusals": [asdict(r) for r in refusals],
+        "emitted": facts,
+        "notes": list(notes),
+        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "machine": machine(),
+        "tools": manifest.tools,
+    }
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write report.json and the self-contained report.html."""
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    environment = Environment(
+        loader=PackageLoader("tilecut", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["count"] = human_count
+    environment.filters["size"] = human_bytes
+    (folder / REPORT_PAGE).write_text(
+        environment.get_template("report.html.j2").render(r=report, layers=kept_per_layer(report["groups"])),
+        encoding="utf-8",
+    )
+
+
+def kept_per_layer(groups: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Groups by kind, each with the fraction that stayed, for the picture."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        kinds.setdefault(group["kind"], []).append({**group, "fraction": group["kept"] / group["size"]})
+    return kinds
+
+
+def weight_bytes(graph: Graph) -> int:
+    """Bytes of the tensors that the graph reads."""
+    return sum(t.numel() * t.element_size() for t in graph.tensors.values())
+
+
+def machine() -> dict[str, Any]:
+    """The processor and how many of it."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        name = next(
+            (
+                line.partition(":")[2].strip()
+                for line in cpuinfo.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            name,
+        )
+    return {"cpu": name, "cores": os.cpu_count(), "architecture": platform.machine(), "system": platform.system()}
+
+
+def human_count(number: float) -> str:
+    """1.43 G, 22.7 M, 384."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def human_bytes(number: float) -> str:
+    """90.8 MB, 12 kB."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= limit:
+            return f"{number / limit:.1f} {unit}"
+    return f"{number:.0f} B"

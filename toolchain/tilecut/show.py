@@ -1,0 +1,167 @@
+"""What the command line prints: progress bars and tables. numpy and rich only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from tilecut_runtime.manifest import Manifest, Rung
+
+from tilecut.progress import Progress
+
+STATUS = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "not run": "[yellow]not run[/]"}
+
+
+def plain(text: str) -> str:
+    """Text without markup meaning."""
+    return escape(text)
+
+
+@contextmanager
+def compile_progress(console: Console, quiet: bool) -> Iterator[Progress]:
+    """A bar a stage, with steps and time left where the stage counts them."""
+    if quiet:
+        yield Progress()
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console) as bars:
+        current: list[Any] = []
+
+        def on_stage(title: str) -> None:
+            finish()
+            current.append(bars.add_task(escape(title), total=1))
+
+        def on_step(done: int, of: int) -> None:
+            bars.update(current[-1], completed=done, total=of)
+
+        def finish() -> None:
+            for task in current[-1:]:
+                total = bars.tasks[task].total
+                bars.update(task, completed=total)
+
+        yield Progress(on_stage, on_step)
+        finish()
+
+
+def report(console: Console, r: Mapping[str, Any]) -> None:
+    """The report's main figures as one table, then what was kept and the verification ladder."""
+    table = Table(title=f"{plain(r['model'])} for {r['target']}", title_justify="left")
+    table.add_column("")
+    for name in ("dense", "pruned", "ratio"):
+        table.add_column(name, justify="right")
+    macs, parameters, sizes = r["macs"], r["parameters"], r["bytes"]
+    for label, a, b in (
+        ("prunable MACs", macs["prunable_dense"], macs["prunable_pruned"]),
+        ("MACs", macs["dense"], macs["pruned"]),
+        ("parameters", parameters["dense"], parameters["pruned"]),
+        ("bytes of weights", sizes["dense_weights"], sizes["pruned_weights"]),
+    ):
+        table.add_row(label, f"{a:,}", f"{b:,}", f"{b / a:.3f}" if a else "")
+    latency = r["latency"]
+    if latency["status"] == "measured":
+        rows = latency["contenders"]
+        own = rows["pruned artifact"]["cpu_ms"]
+        for name, row in rows.items():
+            if name != "pruned artifact":
+                table.add_row(
+                    f"CPU ms: {name}", f"{row['cpu_ms']:.2f}", f"{own:.2f}", f"{row['times_pruned']:.2f}x faster"
+                )
+    for name, f in r["fidelity"].items():
+        if name != "task":
+            table.add_row(f"cosine of {name}, held-out", "1", f"{f['cosine']:.4f}", "")
+    for what in ("loss", "accuracy"):
+        task = r["fidelity"].get("task", {})
+        if f"dense_{what}" in task:
+            table.add_row(f"{what}, held-out", f"{task[f'dense_{what}']:.4f}", f"{task[f'pruned_{what}']:.4f}", "")
+    console.print(table)
+    kept: dict[str, list[str]] = {}
+    for group in r["groups"]:
+        kept.setdefault(group["kind"], []).append(str(group["padded_to"] or group["kept"]))
+    for kind, counts in kept.items():
+        console.print(f"kept {kind}: {' '.join(counts)}", highlight=False, soft_wrap=True)
+    for note in [*r["notes"], *(f"{x['by']} left {x['node']} alone: {x['why']}" for x in r["refusals"])]:
+        console.print(f"[yellow]note:[/] {plain(note)}", highlight=False, soft_wrap=True)
+    rungs(console, [Rung(**v) for v in r["verification"]])
+
+
+def rungs(console: Console, rows: Sequence[Rung]) -> None:
+    """The verification ladder."""
+    table = Table("rung", "status", "figure", "limit", "", title="verification", title_justify="left")
+    for r in rows:
+        table.add_row(
+            plain(r.name),
+            STATUS[r.status],
+            "" if r.figure is None else f"{r.figure:.1e}",
+            "" if r.limit is None else f"{r.limit:.0e}",
+            plain(r.detail),
+        )
+    console.print(table)
+
+
+def manifest(console: Console, m: Manifest) -> None:
+    """What the manifest says."""
+    console.print(
+        f"[bold]{plain(m.model)}[/] for {m.target}, runtime {m.runtime}, compiled {m.created}", highlight=False
+    )
+    for title, specs in (("input", m.inputs), ("output", m.outputs)):
+        for spec in specs:
+            console.print(f"  {title:6} {plain(str(spec))}", highlight=False)
+    for name, limits in m.dims.items():
+        console.print(f"  size   {name}: {limits.min} to {limits.max or 'any'}", highlight=False)
+    for name, entry in m.files.items():
+        console.print(f"  file   {entry.bytes:>12,}  {entry.sha256[:12]}  {plain(name)}", highlight=False)
+
+
+def timings(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a measurement; with several artifacts, the ratio to the first."""
+    table = Table("artifact", "batch", "sequence", "threads", "CPU ms", "wall ms", "p95 ms", "times the first")
+    first: dict[tuple[int, int], float] = {}
+    for r in rows:
+        base = first.setdefault((r["batch"], r["sequence"]), r["cpu_ms"])
+        table.add_row(
+            plain(r["artifact"]),
+            str(r["batch"]),
+            str(r["sequence"]),
+            str(r["threads"]),
+            f"{r['cpu_ms']:.2f}",
+            f"{r['wall_ms']:.2f}",
+            f"{r['p95_ms']:.2f}",
+            f"{r['cpu_ms'] / base:.3f}",
+        )
+    console.print(table)
+
+
+def results(console: Console, outputs: Mapping[str, np.ndarray]) -> None:
+    """Shape and first values of every output."""
+    for name, value in outputs.items():
+        console.print(f"{plain(name)}: {value.dtype} {list(value.shape)}", highlight=False)
+        console.print(plain(np.array2string(value, precision=4, threshold=12, edgeitems=3)), highlight=False)
+
+
+def targets(console: Console, rows: Mapping[str, str]) -> None:
+    """Targets and their lattices."""
+    table = Table("target", "legal shapes")
+    for name, lattice in rows.items():
+        table.add_row(name, lattice)
+    console.print(table)
