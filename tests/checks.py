@@ -84,7 +84,8 @@ def text_batch(batch: int, length: int, seed: int = 0, vocab: int = 99) -> dict[
 
 def op_names(graph: Graph) -> str:
     """The graph as one line: the ops that are called, in order."""
-    return " ".join(str(n.target).rsplit("::")[-1].removeprefix("aten.").split(".")[0] for n in graph.nodes if n.op == "call_function")
+    called = (n.target for n in graph.nodes if n.op == "call_function")
+    return " ".join(t._opname if isinstance(t, torch._ops.OpOverload) else getattr(t, "__name__", str(t)) for t in called)
 
 
 def minilm_folder() -> Path:
