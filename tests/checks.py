@@ -5,18 +5,30 @@ from __future__ import annotations
 import functools
 import importlib.util
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
+from tilecut import Artifact, PruneConfig, compile_pruned
+from tilecut.make_cases import make_cases
 from tilecut_passes.axes.groups import Group, find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.capture import capture
+from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.plan import PrunePlan
+from tilecut_passes.run_passes import run_passes
+from tilecut_runtime.manifest import Manifest, list_files
+from tilecut_runtime.reference import Case, write_cases
+from tilecut_runtime.torch_program import WEIGHTS
+from tilecut_targets.target import Target, Written
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -36,7 +48,13 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def tiny_bert(
-    layers: int = 2, heads: int = 4, width: int = 8, neurons: int = 48, vocab: int = 99, attn: str = "sdpa", seed: int = 0
+    layers: int = 2,
+    heads: int = 4,
+    width: int = 8,
+    neurons: int = 48,
+    vocab: int = 99,
+    attn: str = "sdpa",
+    seed: int = 0,
 ) -> transformers.BertModel:
     """A BERT of `heads` heads of `width`, re-randomised."""
     config = transformers.BertConfig(
@@ -85,7 +103,9 @@ def text_batch(batch: int, length: int, seed: int = 0, vocab: int = 99) -> dict[
 def op_names(graph: Graph) -> str:
     """The graph as one line: the ops that are called, in order."""
     called = (n.target for n in graph.nodes if n.op == "call_function")
-    return " ".join(t._opname if isinstance(t, torch._ops.OpOverload) else getattr(t, "__name__", str(t)) for t in called)
+    return " ".join(
+        t._opname if isinstance(t, torch._ops.OpOverload) else getattr(t, "__name__", str(t)) for t in called
+    )
 
 
 def minilm_folder() -> Path:
@@ -112,7 +132,9 @@ def in_double(graph: Graph) -> Graph:
     wide = graph.copy()
     for name, tensor in graph.tensors.items():
         if tensor.is_floating_point():
-            wide.set_tensor(name, nn.Parameter(tensor.detach().double()) if isinstance(tensor, nn.Parameter) else tensor.double())
+            wide.set_tensor(
+                name, nn.Parameter(tensor.detach().double()) if isinstance(tensor, nn.Parameter) else tensor.double()
+            )
     wide.clean()
     wide.propagate()
     return wide
@@ -133,3 +155,87 @@ class TinyMlp(nn.Module):
 def mlp_graph(neurons: int = 20, seed: int = 0) -> Graph:
     """A captured TinyMlp, re-randomised."""
     return capture(randomise(TinyMlp(neurons=neurons), seed), torch.randn(4, 12))
+
+
+def compiled(target: Any, output: Path, **options: Any) -> Artifact:
+    """A tiny BERT compiled with random calibration batches; options override."""
+    given = {
+        "model": tiny_bert(width=16, neurons=512),
+        "calibration": [text_batch(4, 16, seed=i) for i in range(4)],
+        "config": PruneConfig(sparsity=0.5, at={"sequence": 16}),
+        "measure": False,
+        **options,
+    }
+    return compile_pruned(target=target, output=output, **given)
+
+
+class TinyEncoder(nn.Module):
+    """Post-norm encoder layers in plain torch; every layer has a number of heads and neurons of its own."""
+
+    def __init__(
+        self, heads: tuple[int, ...] = (2, 3), neurons: tuple[int, ...] = (40, 23), width: int = 16, hidden: int = 24
+    ):
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.embed, self.places = nn.Embedding(50, hidden), nn.Embedding(300, hidden)
+        sizes = [h * width for h in heads]
+        self.q, self.k, self.v = (nn.ModuleList([nn.Linear(hidden, n) for n in sizes]) for _ in range(3))
+        self.out = nn.ModuleList([nn.Linear(n, hidden) for n in sizes])
+        self.up = nn.ModuleList([nn.Linear(hidden, n) for n in neurons])
+        self.down = nn.ModuleList([nn.Linear(n, hidden) for n in neurons])
+        self.norms = nn.ModuleList([nn.LayerNorm(hidden) for _ in range(2 * len(heads))])
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        b, s = input_ids.shape
+        keep = attention_mask[:, None, None, :] != 0
+        x = self.embed(input_ids) + self.places(torch.arange(s, device=input_ids.device))
+        for i, heads in enumerate(self.heads):
+            q, k, v = (p[i](x).view(b, s, heads, self.width).transpose(1, 2) for p in (self.q, self.k, self.v))
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, keep).transpose(1, 2).reshape(b, s, -1)
+            x = self.norms[2 * i](x + self.out[i](mixed))
+            x = self.norms[2 * i + 1](x + self.down[i](nn.functional.gelu(self.up[i](x))))
+        return {"hidden": x, "first": x[:, 0]}
+
+
+@functools.lru_cache(maxsize=1)
+def encoder_graph() -> Graph:
+    """A captured TinyEncoder; copy it before changing it."""
+    example = {name: torch.ones(2, 7, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    return capture(randomise(TinyEncoder()), example)
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What `emit` wrote, and the graphs it wrote it from."""
+
+    folder: Path
+    manifest: Manifest
+    cases: list[Case]
+    written: Written
+    lowered: Graph
+
+
+def emit(target: Target, pruned: Graph, folder: Path) -> Emitted:
+    """Write a graph as an artifact of a target: what the toolchain does after pruning, without report and plan."""
+    folder.mkdir(exist_ok=True)
+    fused = pruned.copy()
+    run_passes(fused, [FuseAttention()])
+    lowered = fused.copy()
+    run_passes(lowered, target.lowering)
+    written = target.write(fused, lowered, folder)
+    save_file({k: v.detach().contiguous() for k, v in pruned.tensors.items()}, folder / WEIGHTS)
+    cases = make_cases(pruned, sizes=((1, 1), (3, 5)))
+    write_cases(cases, folder)
+    manifest = Manifest(
+        str(target), target.runtime, "Tiny", written.entry, pruned.input_specs(), pruned.output_specs(),
+        pruned.ranges, pruned.returns, target.tolerance, files=list_files(folder),
+    )  # fmt: skip
+    manifest.write(folder)
+    return Emitted(folder, manifest, cases, written, lowered)
+
+
+def run_onnx(path: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An ONNX file's outputs by name, from a session with default options."""
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    got = session.run(None, {k: v.numpy() for k, v in inputs.items()})
+    return {o.name: torch.from_numpy(v) for o, v in zip(session.get_outputs(), got, strict=True)}

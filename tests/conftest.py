@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 
+import checks
 import hypothesis
 import pytest
 import torch
@@ -17,7 +18,9 @@ gc.set_threshold(100_000, 50, 50)
 
 # The explain phase traces every line that runs, torch's included.
 phases = [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain]
-hypothesis.settings.register_profile("tilecut", deadline=None, phases=phases, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile(
+    "tilecut", deadline=None, phases=phases, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
 hypothesis.settings.load_profile("tilecut")
 
 
@@ -25,3 +28,19 @@ hypothesis.settings.load_profile("tilecut")
 def _seed() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def edge_artifact(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny BERT compiled for edge at sparsity 0.5; look, don't touch (copy the folder to change it)."""
+    return checks.compiled("edge", tmp_path_factory.mktemp("edge") / "artifact", measure=True)
+
+
+@pytest.fixture(scope="session")
+def cuda_artifact(tmp_path_factory: pytest.TempPathFactory):
+    return checks.compiled("cuda", tmp_path_factory.mktemp("cuda") / "artifact")
+
+
+@pytest.fixture(scope="session")
+def ascend_artifact(tmp_path_factory: pytest.TempPathFactory):
+    return checks.compiled("ascend", tmp_path_factory.mktemp("ascend") / "artifact")

@@ -34,7 +34,7 @@ def loops(q, k, v, key_padding, bias, slopes, scale, causal, window, global_toke
             inside = (window[0] < 0 or behind <= window[0]) and (window[1] < 0 or -behind <= window[1])
             if not (inside or (global_tokens and (j < global_tokens or i + shift < global_tokens))):
                 continue
-            if causal != "none" and behind < 0 or key_padding is not None and not key_padding[n, j]:
+            if (causal != "none" and behind < 0) or (key_padding is not None and not key_padding[n, j]):
                 continue
             s = float(q[n, h, i] @ k[n, group, j]) * scale
             s = math.tanh(s / softcap) * softcap if softcap else s
@@ -78,7 +78,9 @@ def test_a_row_without_a_key_is_zero():
     assert out[0].abs().min() > 0
 
 
-@pytest.mark.parametrize(("causal", "softcap"), list(itertools.product(["none", "top_left", "bottom_right"], [0.0, 1.5])))
+@pytest.mark.parametrize(
+    ("causal", "softcap"), list(itertools.product(["none", "top_left", "bottom_right"], [0.0, 1.5]))
+)
 def test_gradients(causal, softcap):
     q, k, v = operands(sq=3, sk=4, d=2, e=3, grad=True)
     bias = torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -91,7 +93,9 @@ def test_opcheck():
     q, k, v = operands(dtype=torch.float32, grad=True)
     padding, bias = torch.rand(2, 7) > 0.3, torch.randn(1, 1, 5, 7, requires_grad=True)
     torch.library.opcheck(OP, (q, k, v, padding, bias, None), OPTIONS)
-    torch.library.opcheck(OP, (q, k, v, None, None, torch.rand(4)), {**OPTIONS, "causal": "bottom_right", "softcap": 3.0})
+    torch.library.opcheck(
+        OP, (q, k, v, None, None, torch.rand(4)), {**OPTIONS, "causal": "bottom_right", "softcap": 3.0}
+    )
 
 
 class Attends(torch.nn.Module):
@@ -114,7 +118,10 @@ def test_it_stays_one_node_in_export_and_compile():
     ("change", "message"),
     [
         ({"q": torch.randn(2, 5, 8)}, r"q has the wrong rank; got \[2, 5, 8\]; wanted \[B, H, S, D\]"),
-        ({"k": torch.randn(2, 3, 7, 8), "v": torch.randn(2, 3, 7, 6)}, "no multiple of KV heads; got 4 query heads, 3 KV heads"),
+        (
+            {"k": torch.randn(2, 3, 7, 8), "v": torch.randn(2, 3, 7, 6)},
+            "no multiple of KV heads; got 4 query heads, 3 KV heads",
+        ),
         ({"k": torch.randn(2, 2, 7, 9)}, "k does not fit q"),
         ({"v": torch.randn(2, 2, 6, 6)}, "v does not fit k"),
         ({"v": torch.randn(2, 2, 7, 6).half()}, "v differs from q in dtype or device"),

@@ -16,7 +16,12 @@ class Fussy(nn.Module):
         self.qkv, self.dropout = nn.Linear(8, 24), nn.Dropout(0.3)
 
     def forward(self, x):
-        q, k, v = self.dropout(self.qkv(x.clone().to(torch.float32)))[:, :].contiguous().view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.dropout(self.qkv(x.clone().to(torch.float32)))[:, :]
+            .contiguous()
+            .view(*x.shape[:2], 3, 2, 4)
+            .permute(2, 0, 3, 1, 4)
+        )
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).detach()
 
 

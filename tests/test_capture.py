@@ -37,7 +37,10 @@ def test_tensors_keep_the_names_of_the_state_dict_and_are_shared():
     state = dict(model.named_parameters())
     graph = capture(model)
     assert all(name in state or name in dict(model.named_buffers()) for name in graph.tensors)
-    assert graph.tensor("encoder.layer.0.output.dense.weight").data_ptr() == state["encoder.layer.0.output.dense.weight"].data_ptr()
+    assert (
+        graph.tensor("encoder.layer.0.output.dense.weight").data_ptr()
+        == state["encoder.layer.0.output.dense.weight"].data_ptr()
+    )
 
 
 def test_training_mode_is_given_back():
@@ -127,7 +130,10 @@ class Counts(nn.Module):
 
 
 def test_a_branch_on_data_names_the_line(capsys):
-    with pytest.raises(CaptureError, match=r"Branches: torch.export stopped at .*test_capture.py:\d+ `if x.sum\(\) > 0:.*use torch.where"):
+    with pytest.raises(
+        CaptureError,
+        match=r"Branches: torch.export stopped at .*test_capture.py:\d+ `if x.sum\(\) > 0:.*use torch.where",
+    ):
         capture(Branches(), torch.randn(2, 3))
     assert capsys.readouterr().out == ""
 
@@ -141,7 +147,11 @@ def test_a_branch_on_data_names_the_line(capsys):
         (nn.Linear(3, 2), "text", "example_inputs must be a tensor, a tuple of tensors or a dict"),
         (nn.Linear(3, 2), {"input": object()}, "must be tensors or plain constants; got input: object"),
         (nn.Linear(3, 2), {"input": 3}, "holds no tensor"),
-        (nn.Linear(3, 2), (torch.randn(2, 3), torch.randn(2, 3)), "more example inputs than forward takes; got 2; wanted at most 1"),
+        (
+            nn.Linear(3, 2),
+            (torch.randn(2, 3), torch.randn(2, 3)),
+            "more example inputs than forward takes; got 2; wanted at most 1",
+        ),
         (Counts(), torch.randn(2, 3), "forward changes calls in place"),
         ("a string", None, "not a PyTorch model; got str"),
     ],

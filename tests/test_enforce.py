@@ -50,7 +50,13 @@ def test_sizes_become_legal(one, kind, before, after):
 
 
 @pytest.mark.parametrize(
-    "one", [EnforcePowerOfTwoHeads(), EnforceBlockMultiple(block=64), EnforceHeadWidth(multiple=8), EnforceHeadWidth(multiple=16)]
+    "one",
+    [
+        EnforcePowerOfTwoHeads(),
+        EnforceBlockMultiple(block=64),
+        EnforceHeadWidth(multiple=8),
+        EnforceHeadWidth(multiple=16),
+    ],
 )
 def test_padding_changes_no_number(one):
     graph = in_double(bert_graph(heads=5, width=6, neurons=1500))
@@ -59,7 +65,10 @@ def test_padding_changes_no_number(one):
         assert largest_error(graph.run(text_batch(*shape)), legal.run(text_batch(*shape))) < 1e-13
 
 
-@pytest.mark.parametrize(("one", "kind", "count"), [(EnforcePowerOfTwoHeads(how="cut"), "heads", 4), (EnforceBlockMultiple(how="cut", block=64), "neurons", 1472)])
+@pytest.mark.parametrize(
+    ("one", "kind", "count"),
+    [(EnforcePowerOfTwoHeads(how="cut"), "heads", 4), (EnforceBlockMultiple(how="cut", block=64), "neurons", 1472)],
+)
 def test_cutting_equals_masking_the_units_of_least_magnitude(one, kind, count):
     graph = bert_graph(heads=5, width=6, neurons=1500)
     groups = groups_of(graph, kind)
@@ -83,7 +92,9 @@ def test_any_width_is_padded_exactly(neurons, block, seed):
 def test_a_plan_written_by_hand_is_padded_and_applied():
     graph = in_double(bert_graph(heads=5, width=6, neurons=1500))
     groups = groups_of(graph)
-    by_hand = PrunePlan.keep_all(graph, groups).keeping({g.name: range(3 if g.kind == "heads" else 100) for g in groups})
+    by_hand = PrunePlan.keep_all(graph, groups).keeping(
+        {g.name: range(3 if g.kind == "heads" else 100) for g in groups}
+    )
     plan = by_hand
     for one in (EnforcePowerOfTwoHeads(), EnforceBlockMultiple(block=64), EnforceHeadWidth(multiple=8)):
         plan = one.on_plan(plan, graph)

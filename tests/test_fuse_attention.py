@@ -42,7 +42,11 @@ def test_causal_and_padding_are_options():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda self, mask, s: tril(s).triu(-3)[None, None], lambda self, mask, s: self.bias[:s, :s], lambda self, mask, s: (mask[:, None, None, :] > 1)],
+    [
+        lambda self, mask, s: tril(s).triu(-3)[None, None],
+        lambda self, mask, s: self.bias[:s, :s],
+        lambda self, mask, s: mask[:, None, None, :] > 1,
+    ],
 )
 def test_another_mask_is_kept_as_a_bias_and_said(make):
     graph = capture(randomise(Attends(make)), {"x": torch.randn(2, 9, 8), "mask": torch.ones(2, 9, dtype=torch.long)})
@@ -83,7 +87,11 @@ class Grouped(nn.Module):
         b, s, _ = x.shape
         q = self.q(x).view(b, s, 4, 4).transpose(1, 2)
         k, v = self.kv(x).view(b, s, 2, 2, 4).permute(2, 0, 3, 1, 4)
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3).transpose(1, 2).reshape(b, s, 16)
+        return (
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3)
+            .transpose(1, 2)
+            .reshape(b, s, 16)
+        )
 
 
 def test_grouped_queries_and_the_causal_flag():

@@ -62,7 +62,11 @@ class Sorted(nn.Module):
 def test_an_op_without_a_rule_freezes_what_it_touches_and_is_named():
     axes = infer(capture(randomise(Sorted()), torch.randn(4, 6)))
     assert not find_groups(axes)
-    assert {f.name for f in find_frozen(axes) if "no rule for aten.sort" in f.why} == {"up.weight[0]", "up.bias[0]", "down.weight[1]"}
+    assert {f.name for f in find_frozen(axes) if "no rule for aten.sort" in f.why} == {
+        "up.weight[0]",
+        "up.bias[0]",
+        "down.weight[1]",
+    }
 
 
 class SharedTable(nn.Module):

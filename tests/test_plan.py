@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from checks import bert_graph, groups_of, mlp_graph, random_plan, randomise, TinyMlp
+from checks import TinyMlp, bert_graph, groups_of, mlp_graph, random_plan, randomise
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.capture import capture
@@ -57,7 +57,12 @@ def test_a_plan_with_other_members_is_refused():
 
 @pytest.mark.parametrize(
     ("kept", "message"),
-    [([], "keeps nothing"), ([1, 1], "keeps a unit twice"), ([0, 20], "one that is not there; got 20"), ([-1], "one that is not there; got -1")],
+    [
+        ([], "keeps nothing"),
+        ([1, 1], "keeps a unit twice"),
+        ([0, 20], "one that is not there; got 20"),
+        ([-1], "one that is not there; got -1"),
+    ],
 )
 def test_units_that_are_no_distinct_indices_are_refused(kept, message):
     graph = mlp_graph()
@@ -73,7 +78,12 @@ def test_an_unknown_group_is_refused():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not valid JSON"), ("[]", "unknown plan format"), ('{"format": 9}', "unknown plan format; got 9; wanted 1"), ('{"format": 1}', "malformed plan")],
+    [
+        ("{", "not valid JSON"),
+        ("[]", "unknown plan format"),
+        ('{"format": 9}', "unknown plan format; got 9; wanted 1"),
+        ('{"format": 1}', "malformed plan"),
+    ],
 )
 def test_a_malformed_file_is_refused(tmp_path, text, message):
     (tmp_path / "plan.json").write_text(text)

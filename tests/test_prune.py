@@ -65,14 +65,18 @@ def test_a_swapped_unit_is_caught(kind):
 
 def test_cutting_shrinks_the_parameters_under_their_own_names():
     graph = bert_graph().copy()
-    plan = PrunePlan.keep_all(graph, groups_of(graph)).keeping({"encoder.layer.0.attention:heads": [1, 3], "encoder.layer.1:neurons": [5, 7, 11]})
+    plan = PrunePlan.keep_all(graph, groups_of(graph)).keeping(
+        {"encoder.layer.0.attention:heads": [1, 3], "encoder.layer.1:neurons": [5, 7, 11]}
+    )
     dense = {k: v.clone() for k, v in graph.tensors.items()}
     run_passes(graph, [Prune(plan)])
     now = graph.tensors
     assert list(now) == list(dense)
     query = dense["encoder.layer.0.attention.self.query.weight"].view(4, 8, 32)
     assert torch.equal(now["encoder.layer.0.attention.self.query.weight"], query[[1, 3]].flatten(0, 1))
-    assert torch.equal(now["encoder.layer.1.output.dense.weight"], dense["encoder.layer.1.output.dense.weight"][:, [5, 7, 11]])
+    assert torch.equal(
+        now["encoder.layer.1.output.dense.weight"], dense["encoder.layer.1.output.dense.weight"][:, [5, 7, 11]]
+    )
 
 
 def test_the_callers_model_is_not_changed():

@@ -16,7 +16,11 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 def meanings(graph):
     nodes = [n for n in graph.nodes if n.target is SDPA]
     assert nodes
-    return [recognize_mask(graph, n.args[3], source(n), source(n, 1)) for n in nodes if len(n.args) > 3 and n.args[3] is not None]
+    return [
+        recognize_mask(graph, n.args[3], source(n), source(n, 1))
+        for n in nodes
+        if len(n.args) > 3 and n.args[3] is not None
+    ]
 
 
 def test_bert_masks_padding():
@@ -44,7 +48,11 @@ class Attends(nn.Module):
     def forward(self, x, mask):
         b, s, _ = x.shape
         q, k, v = self.qkv(x).view(b, s, 3, 2, 4).permute(2, 0, 3, 1, 4)
-        return nn.functional.scaled_dot_product_attention(q, k, v, self.make(self, mask, s)).transpose(1, 2).reshape(b, s, 8)
+        return (
+            nn.functional.scaled_dot_product_attention(q, k, v, self.make(self, mask, s))
+            .transpose(1, 2)
+            .reshape(b, s, 8)
+        )
 
 
 def meaning_of(make):
@@ -60,7 +68,10 @@ tril = lambda s: torch.ones(s, s, dtype=torch.bool).tril()
     [
         (lambda self, mask, s: (mask != 0)[:, None, None, :], MaskMeaning("none", "mask")),
         (lambda self, mask, s: (mask == 0)[:, None, None, :], MaskMeaning("none", "mask", inverted=True)),
-        (lambda self, mask, s: (1.0 - mask[:, None, None, :].float()) * torch.finfo(torch.float32).min, MaskMeaning("none", "mask")),
+        (
+            lambda self, mask, s: (1.0 - mask[:, None, None, :].float()) * torch.finfo(torch.float32).min,
+            MaskMeaning("none", "mask"),
+        ),
         (lambda self, mask, s: (1.0 - mask[:, None, None, :].float()) * -10000.0, MaskMeaning("none", "mask")),
         (lambda self, mask, s: tril(s)[None, None], MaskMeaning("top_left")),
         (lambda self, mask, s: tril(s) & (mask != 0)[:, None, None, :], MaskMeaning("top_left", "mask")),
@@ -75,10 +86,16 @@ def test_hand_written_masks(make, meaning):
     ("make", "why"),
     [
         (lambda self, mask, s: self.bias[:s, :s][None, None], "depends on the weight bias"),
-        (lambda self, mask, s: (mask[:, None, None, :] > 1), "no product of causal and key padding"),
+        (lambda self, mask, s: mask[:, None, None, :] > 1, "no product of causal and key padding"),
         (lambda self, mask, s: tril(s).triu(-3)[None, None], "no product of causal and key padding"),
-        (lambda self, mask, s: -0.5 * (torch.arange(s)[:, None] - torch.arange(s)).abs()[None, None].float(), "adds a bias to visible scores"),
-        (lambda self, mask, s: (mask[:, None, :, None] == mask[:, None, None, :]), "no product of causal and key padding"),
+        (
+            lambda self, mask, s: -0.5 * (torch.arange(s)[:, None] - torch.arange(s)).abs()[None, None].float(),
+            "adds a bias to visible scores",
+        ),
+        (
+            lambda self, mask, s: mask[:, None, :, None] == mask[:, None, None, :],
+            "no product of causal and key padding",
+        ),
     ],
 )
 def test_masks_without_a_meaning_say_why(make, why):

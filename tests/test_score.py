@@ -7,8 +7,8 @@ from checks import bert_graph, groups_of, mlp_graph, text_batch
 from tilecut_passes.calibration import Batch, check_batches
 from tilecut_passes.mask import gate
 from tilecut_passes.measure_loss import probe_loss, task_loss
-from tilecut_passes.prune import Prune
 from tilecut_passes.plan import PrunePlan
+from tilecut_passes.prune import Prune
 from tilecut_passes.run_passes import run_passes
 from tilecut_passes.score import IMPORTANCES, Ranking, score
 from tilecut_runtime.errors import CalibrationError, ConfigError
@@ -30,9 +30,17 @@ def test_planted_dead_units_go_first(method):
     for i in dead["encoder.layer.0:neurons"]:
         for name, dim in (("output.dense.weight", 1), ("intermediate.dense.weight", 0), ("intermediate.dense.bias", 0)):
             full = f"encoder.layer.0.{name}"
-            graph.set_tensor(full, torch.nn.Parameter(graph.tensor(full).detach().clone().index_fill(dim, torch.tensor([i]), 0)))
+            graph.set_tensor(
+                full, torch.nn.Parameter(graph.tensor(full).detach().clone().index_fill(dim, torch.tensor([i]), 0))
+            )
     rows = torch.arange(16, 24)
-    for name, dim in (("self.query.weight", 0), ("self.key.weight", 0), ("self.value.weight", 0), ("self.value.bias", 0), ("output.dense.weight", 1)):
+    for name, dim in (
+        ("self.query.weight", 0),
+        ("self.key.weight", 0),
+        ("self.value.weight", 0),
+        ("self.value.bias", 0),
+        ("output.dense.weight", 1),
+    ):
         full = f"encoder.layer.1.attention.{name}"
         graph.set_tensor(full, torch.nn.Parameter(graph.tensor(full).detach().clone().index_fill(dim, rows, 0)))
     rankings = score(method, graph, groups_of(graph), batches_for(graph, labels=True))
@@ -127,7 +135,9 @@ def test_probes_estimate_the_gauss_newton_diagonal():
     total = torch.zeros(6, dtype=torch.float64)
     for _ in range(3000):
         g = ones.clone().requires_grad_()
-        total += torch.autograd.grad(probe_loss(gated.run(batch.inputs, {group.name: g}), batch, generator), g)[0].square()
+        total += torch.autograd.grad(probe_loss(gated.run(batch.inputs, {group.name: g}), batch, generator), g)[
+            0
+        ].square()
     assert torch.allclose(total / 3000, exact, rtol=0.15)
 
 
@@ -174,7 +184,10 @@ def test_nan_in_the_weights_is_named():
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(torch.zeros(4, dtype=torch.long), "they do not fit the output"), (torch.full((4, 9), 40), "outside the classes; got 40..40; wanted 0..31")],
+    [
+        (torch.zeros(4, dtype=torch.long), "they do not fit the output"),
+        (torch.full((4, 9), 40), "outside the classes; got 40..40; wanted 0..31"),
+    ],
 )
 def test_labels_that_do_not_fit_are_refused(labels, message):
     with pytest.raises(CalibrationError, match=message):

@@ -64,7 +64,9 @@ def test_several_budgets_hold_together():
 
 def test_an_infeasible_budget_names_the_smallest_reachable():
     groups = [group("a", "neurons", 64)]
-    with pytest.raises(ConfigError, match=r"no legal model fits the budget of 100 MACs; got the smallest legal one has 160"):
+    with pytest.raises(
+        ConfigError, match=r"no legal model fits the budget of 100 MACs; got the smallest legal one has 160"
+    ):
         search(groups, [["a"]], {"a": [0.0] * 65}, Lattice({"neurons": 16}), [limit(100, {"a": 10})])
 
 

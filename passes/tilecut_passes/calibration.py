@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tilecut_runtime.errors import CalibrationError
 from torch import Tensor
 
 from tilecut_passes.graph import Graph
+from tilecut_runtime.errors import CalibrationError
 
 MASK_INPUT = "attention_mask"
 

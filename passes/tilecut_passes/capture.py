@@ -23,8 +23,6 @@ from typing import Any
 
 import sympy
 import torch
-from tilecut_runtime.errors import CaptureError
-from tilecut_runtime.manifest import DimRange
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
@@ -33,6 +31,8 @@ from tilecut_passes.example_inputs import DynamicDims, ExampleInputs, inputs_fro
 from tilecut_passes.graph import Graph, size_of
 from tilecut_passes.run_passes import run_passes
 from tilecut_passes.unlift_program import unlift_program
+from tilecut_runtime.errors import CaptureError
+from tilecut_runtime.manifest import DimRange
 
 log = logging.getLogger("tilecut.capture")
 
@@ -50,7 +50,11 @@ def capture(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Dynami
     """
     if not isinstance(model, nn.Module):
         raise CaptureError("capture", "not a PyTorch model", got=type(model).__name__, wanted="an nn.Module")
-    example = inputs_from_config(model) if example_inputs is None else inputs_from_caller(model, example_inputs, dynamic_shapes)
+    example = (
+        inputs_from_config(model)
+        if example_inputs is None
+        else inputs_from_caller(model, example_inputs, dynamic_shapes)
+    )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example.tensors = {k: v.to(device) for k, v in example.tensors.items()}
     with _eval_mode(model), quiet_torch():
@@ -120,7 +124,9 @@ def _is_functional(program: ExportedProgram) -> bool:
     """Whether no op writes in place and no sub-graph is called; tracing a program again to make it so takes seconds."""
     calls = [n.target for n in program.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
     return all(
-        not op._schema.is_mutable if isinstance(op, torch._ops.OpOverload) else getattr(op, "__module__", "") == "_operator"
+        not op._schema.is_mutable
+        if isinstance(op, torch._ops.OpOverload)
+        else getattr(op, "__module__", "") == "_operator"
         for op in calls
     ) and not any(n.op == "get_attr" for n in program.graph.nodes)
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilecut_runtime.errors import ConfigError
-
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.legalize_groups import LegalizeGroups, round_to
+from tilecut_runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)

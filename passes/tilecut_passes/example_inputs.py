@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tilecut_runtime.errors import CaptureError
 from torch import Tensor, nn
+
+from tilecut_runtime.errors import CaptureError
 
 BATCH, SEQUENCE = 2, 11
 

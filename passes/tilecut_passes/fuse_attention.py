@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-# Importing it registers tilecut::attention.
-from tilecut_runtime import attention as _attention_op
 from torch import fx
 
 from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, value_of
 from tilecut_passes.recognize_mask import MaskMeaning, recognize_mask
+
+# Importing it registers tilecut::attention.
+from tilecut_runtime import attention as _attention_op
 
 aten = torch.ops.aten
 assert _attention_op

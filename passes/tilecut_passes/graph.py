@@ -20,10 +20,11 @@ from typing import Any, Literal, TypeGuard, cast
 
 import sympy
 import torch
-from tilecut_runtime.manifest import DimRange, TensorSpec
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tilecut_runtime.manifest import DimRange, TensorSpec
 
 Returns = Literal["tensor", "tuple", "mapping"]
 Size = int | sympy.Expr

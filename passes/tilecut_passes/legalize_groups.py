@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tilecut_runtime.errors import ConfigError
-
 from tilecut_passes.axes.groups import Group, find_groups
 from tilecut_passes.axes.infer import Axes, infer
 from tilecut_passes.axes.selection import PAD, Selection
@@ -20,6 +18,7 @@ from tilecut_passes.graph import Graph
 from tilecut_passes.plan import GroupPlan, PrunePlan
 from tilecut_passes.score import score
 from tilecut_passes.select_units import select_units
+from tilecut_runtime.errors import ConfigError
 
 How = Literal["pad", "cut"]
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from tilecut_runtime.errors import CalibrationError
 from torch import Tensor
 
 from tilecut_passes.calibration import Batch
+from tilecut_runtime.errors import CalibrationError
 
 
 def measure_loss(outputs: Mapping[str, Tensor], batch: Batch, generator: torch.Generator) -> Tensor:

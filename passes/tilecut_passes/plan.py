@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tilecut_runtime.errors import PlanError
-
 from tilecut_passes.axes.groups import Frozen, Group, Member
 from tilecut_passes.graph import Graph
+from tilecut_runtime.errors import PlanError
 
 PLAN_FORMAT = 1
 

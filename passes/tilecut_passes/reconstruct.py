@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tilecut_runtime.errors import CalibrationError
 from torch import Tensor, fx, nn
 
 from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph, execute, is_call, map_nodes, source
+from tilecut_runtime.errors import CalibrationError
 
 aten = torch.ops.aten
 

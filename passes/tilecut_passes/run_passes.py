@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from tilecut_runtime.errors import VerificationError
 from torch import Tensor
 
 from tilecut_passes.graph import Graph
+from tilecut_runtime.errors import VerificationError
 
 log = logging.getLogger("tilecut.passes")
 

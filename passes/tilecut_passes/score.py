@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from tilecut_runtime.errors import CalibrationError, ConfigError
 from torch import Tensor
 
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph
+from tilecut_runtime.errors import CalibrationError, ConfigError
 
 Progress = Callable[[int, int], None]
 

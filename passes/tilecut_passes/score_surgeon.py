@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tilecut_runtime.errors import CalibrationError
 from torch import Tensor, fx
 
 from tilecut_passes.axes.groups import Group
@@ -30,6 +29,7 @@ from tilecut_passes.mask import unit_of
 from tilecut_passes.measure_loss import measure_loss
 from tilecut_passes.score import Progress, Ranking
 from tilecut_passes.score_gates import score_fisher
+from tilecut_runtime.errors import CalibrationError
 
 aten = torch.ops.aten
 # The ridge of the refit that is anticipated, relative to the mean diagonal of X^T X.

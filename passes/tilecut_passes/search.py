@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
-from tilecut_runtime.errors import ConfigError
 
 from tilecut_passes.axes.groups import Group
+from tilecut_runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,15 @@ Cost = Callable[[Sequence[str], Mapping[str, int]], float]
 
 @dataclass(frozen=True)
 class Limit:
-    """An upper limit on a resource. `cost(names, sizes)` is what the named groups take of it at those sizes."""
+    """An upper limit on a resource. `cost(names, sizes)` is what the named groups take of it at those sizes.
+
+    `rest` is what the limit covers besides the groups: it cannot be cut.
+    """
 
     what: str
     limit: float
     cost: Cost
+    rest: float = 0.0
 
 
 def search(
@@ -94,7 +98,7 @@ def search(
     losses = [[sum(curves[name][n] for name, n in sizes.items()) for sizes in one] for one in options]
     costs = [[[limit.cost(names, sizes) for sizes in one] for names, one in zip(sets, options)] for limit in limits]
     for limit, rows in zip(limits, costs):
-        least = sum(min(row) for row in rows)
+        least = limit.rest + sum(min(row) for row in rows)
         if least > limit.limit:
             raise ConfigError(
                 "search",
@@ -102,7 +106,7 @@ def search(
                 got=f"the smallest legal one has {least:,.0f}",
                 fix="raise the budget to at least that, or allow smaller sizes",
             )
-    chosen = _knapsack(losses, costs, [limit.limit for limit in limits])
+    chosen = _knapsack(losses, costs, [limit.limit - limit.rest for limit in limits])
     sizes = {name: n for one, i in zip(options, chosen) for name, n in one[i].items()}
     return {name: sizes[name] for name in by_name}
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch.utils._pytree as pytree
-from tilecut_runtime.errors import CaptureError
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
 from tilecut_passes.graph import Returns, place_tensor
+from tilecut_runtime.errors import CaptureError
 
 
 @dataclass(frozen=True)

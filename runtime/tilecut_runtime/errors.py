@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 
 class TilecutError(Exception):
     """Base of every error that tilecut raises on purpose.
@@ -24,6 +26,11 @@ class TilecutError(Exception):
         if fix:
             text += f"; {fix}"
         super().__init__(text)
+
+    def __reduce__(self):
+        # An exception is pickled by its message alone, and a worker's could not be raised again by its parent.
+        make = functools.partial(type(self), got=self.got, wanted=self.wanted, fix=self.fix)
+        return make, (self.where, self.problem)
 
 
 class ConfigError(TilecutError, ValueError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -109,7 +110,8 @@ class Manifest:
             raise ArtifactError(str(folder), f"not a tilecut artifact: it holds no {MANIFEST}")
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        # ValueError: bad UTF-8, bad JSON, an integer of thousands of digits; RecursionError: brackets without end.
+        except (ValueError, RecursionError) as e:
             raise ArtifactError(str(path), f"not valid JSON ({e})", fix="compile the model again") from e
         if not isinstance(held, dict) or held.get("format") != FORMAT:
             got = held.get("format") if isinstance(held, dict) else type(held).__name__
@@ -122,10 +124,22 @@ class Manifest:
             )
         try:
             return _parse(held)
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise ArtifactError(
                 str(path), f"malformed manifest ({type(e).__name__}: {e})", fix="compile the model again"
             ) from e
+
+    def file_of(self, folder: str | Path, entry: str) -> str:
+        """The name of the file that an entry stands for.
+
+        Raises:
+            ArtifactError: the manifest has no such entry, or does not list its file.
+        """
+        name = self.entry.get(entry)
+        if name not in self.files:
+            got = f"{name}, which it does not list" if name else ", ".join(self.entry) or "no entry"
+            raise ArtifactError(str(folder), f"{MANIFEST} names no file as its {entry!r} entry", got=got)
+        return name
 
     def check_files(self, folder: str | Path, names: Iterable[str] | None = None) -> None:
         """Compare files (all of them, or `names`) with the manifest's sizes and hashes.
@@ -171,29 +185,57 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
 
 
 def _parse(held: dict[str, Any]) -> Manifest:
+    def text(value: object) -> str:
+        if not isinstance(value, str):
+            raise TypeError(f"{value!r} is no string")
+        return value
+
+    def count(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise TypeError(f"{value!r} is no count")
+        return value
+
+    def shape(sizes: object) -> tuple[int | str, ...]:
+        if not isinstance(sizes, list):
+            raise TypeError(f"{sizes!r} is no shape")
+        return tuple(s if isinstance(s, str) else count(s) for s in sizes)
+
     def specs(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-        made = tuple(TensorSpec(str(r["name"]), str(r["dtype"]), tuple(r["shape"])) for r in rows)
+        made = tuple(TensorSpec(text(r["name"]), text(r["dtype"]), shape(r["shape"])) for r in rows)
         for spec in made:
             if spec.dtype not in DTYPES:
                 raise ValueError(f"{spec.name} has unknown dtype {spec.dtype}")
+        return made
+
+    def rung(row: dict[str, Any]) -> Rung:
+        made = Rung(**row)
+        for words in (made.name, made.detail):
+            text(words)
+        for number in (made.figure, made.limit):
+            if not isinstance(number, int | float | None):
+                raise TypeError(f"{number!r} is no number")
         return made
 
     for name in [*held["files"], *held["entry"].values()]:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name:
             raise ValueError(f"file name {name!r} leaves the artifact's folder")
+    if not math.isfinite(held["tolerance"]):
+        raise ValueError(f"tolerance is {held['tolerance']}")
     return Manifest(
-        target=str(held["target"]),
-        runtime=str(held["runtime"]),
-        model=str(held["model"]),
-        entry=dict(held["entry"]),
+        target=text(held["target"]),
+        runtime=text(held["runtime"]),
+        model=text(held["model"]),
+        entry={k: text(v) for k, v in held["entry"].items()},
         inputs=specs(held["inputs"]),
         outputs=specs(held["outputs"]),
-        dims={k: DimRange(int(v["min"]), None if v["max"] is None else int(v["max"])) for k, v in held["dims"].items()},
-        returns=str(held["returns"]),
+        dims={
+            k: DimRange(count(v["min"]), None if v["max"] is None else count(v["max"])) for k, v in held["dims"].items()
+        },
+        returns=text(held["returns"]),
         tolerance=float(held["tolerance"]),
-        tools=dict(held["tools"]),
-        created=str(held["created"]),
-        verification=tuple(Rung(**r) for r in held["verification"]),
-        files={k: FileEntry(int(v["bytes"]), str(v["sha256"])) for k, v in held["files"].items()},
+        tools={k: text(v) for k, v in held["tools"].items()},
+        created=text(held["created"]),
+        verification=tuple(rung(r) for r in held["verification"]),
+        files={k: FileEntry(count(v["bytes"]), text(v["sha256"])) for k, v in held["files"].items()},
     )

@@ -117,7 +117,13 @@ def _check_one(
             raise InputError(
                 where, "neither a numpy array nor a DLPack tensor", got=type(value).__name__, wanted=str(spec)
             )
-        value = np.from_dlpack(value)
+        try:
+            value = np.from_dlpack(value)
+        # Each exporter raises its own: for another device, a dtype that numpy lacks, a tensor that wants gradients.
+        except (BufferError, RuntimeError, TypeError, ValueError) as e:
+            raise InputError(
+                where, f"numpy cannot read the DLPack tensor ({e})", got=type(value).__name__, wanted=str(spec)
+            ) from e
     value = np.asarray(value)
     if value.dtype.name != spec.dtype:
         raise InputError(
@@ -147,7 +153,8 @@ def _check_one(
         first, name = sizes.setdefault(dim, (size, spec.name))
         if first != size:
             raise InputError(where, f"{dim} (dimension {axis}) differs from input {name}'s", got=size, wanted=first)
-    return value
+    # The runtimes read the bytes in the machine's order, whatever the array says.
+    return value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
 
 
 def _open_onnxruntime(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
@@ -165,7 +172,7 @@ def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | Non
     """A runner over onnxruntime's CPU provider for one of the artifact's ONNX files."""
     import onnxruntime as ort
 
-    name = manifest.entry[entry]
+    name = manifest.file_of(folder, entry)
     # The model, weights that were split off it because of its size, and weights that two models share.
     manifest.check_files(
         folder,
@@ -202,18 +209,34 @@ def _open_torch(folder: Path, manifest: Manifest, device: str | None, threads: i
             fix='load it with device="cpu" to run the ops\' reference implementations',
         )
     device = device or "cuda"
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise ArtifactError(str(folder), "unknown device", got=device, wanted='None, "cpu" or "cuda"')
+    if not _is_device(device):
+        raise ArtifactError(
+            str(folder),
+            "no such device on this machine",
+            got=f"device={device!r}",
+            wanted=f"None, 'cpu' or 'cuda' ({torch.cuda.device_count()} CUDA devices here)",
+        )
     if threads is not None:
         torch.set_num_threads(threads)
-    program = open_program(folder, manifest, "model").to(device)
+    program = open_program(folder, manifest, "model", device)
 
     def run(arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
         with torch.no_grad():
-            out = program(**{k: torch.from_numpy(v).to(device) for k, v in arrays.items()})
+            # A copy: torch takes neither negative strides nor, without a warning, read-only memory.
+            out = program(**{k: torch.from_numpy(v.copy()).to(device) for k, v in arrays.items()})
         return [out[spec.name].cpu().numpy() for spec in manifest.outputs]
 
     return Session(folder, manifest, run, device)
+
+
+def _is_device(name: str) -> bool:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return False
+    return device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
 
 
 def _open_ascend(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 # Importing it registers tilecut::attention, which a program may call.
 import tilecut_runtime.attention
@@ -74,11 +75,15 @@ def read_program(path: Path, weights: Path) -> ExportedProgram:
     return program
 
 
-def open_program(folder: Path, manifest: Manifest, entry: str) -> nn.Module:
-    """The artifact's program as a module: keyword inputs in, a dict of outputs out."""
-    name = manifest.entry[entry]
+def open_program(folder: Path, manifest: Manifest, entry: str, device: str = "cpu") -> nn.Module:
+    """The artifact's program as a module on a device: keyword inputs in, a dict of outputs out."""
+    name = manifest.file_of(folder, entry)
     manifest.check_files(folder, [name, WEIGHTS])
-    return cast(nn.Module, read_program(folder / name, folder / WEIGHTS).module())
+    program = read_program(folder / name, folder / WEIGHTS)
+    if device != "cpu":
+        # Moves what the graph itself makes (positions, masks) too; Module.to would move the weights alone.
+        program = move_to_device_pass(program, device)
+    return cast(nn.Module, program.module())
 
 
 __all__ = ["WEIGHTS", "open_program", "read_program", "save_program", "tensors_of", "tilecut_runtime"]

@@ -21,7 +21,7 @@ def decomposed_attention(
     softcap: float,
     dropout_p: float,
 ) -> Tensor:
-    """tilecut::attention as MatMul and Softmax, for what neither fused op can express. A row without a key is uniform."""
+    """tilecut::attention as MatMul and Softmax. A row without a key gets some finite mixture of the values."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
@@ -29,7 +29,7 @@ def decomposed_attention(
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
-        scores = scores + bias
+        scores = scores + finite(bias)
     sq, sk = q.shape[-2], k.shape[-2]
     shift = 0 if causal == "top_left" else sk - sq
     behind = torch.arange(sq, device=q.device)[:, None] + shift - torch.arange(sk, device=q.device)[None, :]
@@ -56,3 +56,11 @@ def decomposed_attention(
     for mask in dropped:
         scores = scores.masked_fill(mask, torch.finfo(q.dtype).min)
     return torch.softmax(scores, -1) @ v
+
+
+def finite(bias: Tensor) -> Tensor:
+    """A bias whose -inf is a number that still hides a key: a row of -inf would be NaN, and spread through the layers.
+
+    Half of the least number, so that a negative score beside it does not make it -inf again.
+    """
+    return torch.clamp_min(bias, torch.finfo(bias.dtype).min / 2)

@@ -6,21 +6,23 @@ import inspect
 from typing import Any
 
 import torch
-from tilecut_passes.capture import quiet_torch
-from tilecut_passes.graph import Graph
-from tilecut_runtime.errors import LoweringError
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from tilecut_passes.capture import quiet_torch
+from tilecut_passes.graph import Graph
+from tilecut_runtime.errors import LoweringError
+
 
 def example_inputs(graph: Graph, sizes: dict[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs for the graph at given dynamic sizes (each defaults to a small prime of its own).
+    """Random inputs for the graph at given dynamic sizes (each defaults to a small prime of its own, within its range).
 
     Integers are 0 or 1, which every embedding and mask accepts; masks are ones.
     """
     generator = torch.Generator().manual_seed(seed)
     primes = dict(zip(graph.dims.values(), (2, 7, 11, 5, 13, 3, 17)))
-    at = {**primes, **(sizes or {})}
+    limits = {name: r.max for name, r in graph.ranges.items() if r.max is not None}
+    at = {**{name: min(size, limits.get(name, size)) for name, size in primes.items()}, **(sizes or {})}
     out = {}
     for spec in graph.input_specs():
         shape = [s if isinstance(s, int) else at[s] for s in spec.shape]
@@ -87,6 +89,9 @@ def export_program(graph: Graph, positional: bool = False) -> ExportedProgram:
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)  # type: ignore[arg-type]
     # torch.export raises whatever an op's meta function raises.
     except Exception as e:
-        raise LoweringError(
-            "export_program", f"torch.export refused the graph: {type(e).__name__}: {str(e).splitlines()[0][:300]}"
-        ) from e
+        raise LoweringError("export_program", f"torch.export refused the graph: {first_line(e)}") from e
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300] or 'no message'}"

@@ -1,11 +1,10 @@
-"""Targets by name, imported when asked for: "edge", "cuda", "ascend", "ascend:Ascend310P3"."""
+"""Targets by name, imported when asked for: "edge", "cuda", "ascend", "ascend:Ascend910B3"."""
 
 from __future__ import annotations
 
 import importlib
 
 from tilecut_runtime.errors import ConfigError
-
 from tilecut_targets.target import Target
 
 TARGETS = {

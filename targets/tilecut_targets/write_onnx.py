@@ -13,10 +13,10 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import LoweringError
-
-from tilecut_targets.export_program import export_program
+from tilecut_targets.export_program import export_program, first_line
 
 # Above this, weights go beside the model: a protobuf file ends at 2 GB.
 EXTERNAL_DATA_BYTES = 1_800_000_000
@@ -58,9 +58,7 @@ def write_onnx(
             )
         # The exporter's own error classes are not public.
         except Exception as e:
-            raise LoweringError(
-                "write_onnx", f"torch.onnx.export failed: {type(e).__name__}: {str(e).strip().splitlines()[0][:300]}"
-            ) from e
+            raise LoweringError("write_onnx", f"torch.onnx.export failed: {first_line(_cause(e))}") from e
     assert made is not None
     model = made.model
     _name_sizes(graph, model)
@@ -72,6 +70,13 @@ def write_onnx(
     ir.save(model, path, external_data=external or (f"{path.name}.data" if large else None))
     onnx.checker.check_model(str(path))
     return model
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The exporter's outermost error is a page of advice; the innermost names the op."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _name_sizes(graph: Graph, model: ir.Model) -> None:

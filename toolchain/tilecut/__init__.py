@@ -28,13 +28,12 @@ _EXPORTS = {
 __all__ = ["Artifact", "PruneConfig", "TilecutError", "__version__", "attention", "compile_pruned", "load"]
 
 if TYPE_CHECKING:
-    from tilecut_runtime.attention import attention
-    from tilecut_runtime.errors import TilecutError
-    from tilecut_runtime.session import load
-
     from tilecut.artifact import Artifact
     from tilecut.compile import compile_pruned
     from tilecut.config import PruneConfig
+    from tilecut_runtime.attention import attention
+    from tilecut_runtime.errors import TilecutError
+    from tilecut_runtime.session import load
 
 
 def __getattr__(name: str) -> Any:

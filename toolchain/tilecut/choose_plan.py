@@ -6,17 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tilecut.config import PruneConfig
 from tilecut_passes.axes.groups import Group, find_frozen
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.count_macs import MacCounter, count_parameters
 from tilecut_passes.graph import Graph
 from tilecut_passes.plan import PrunePlan
 from tilecut_passes.score import Ranking
-from tilecut_passes.search import Cost, Lattice, Limit, search
+from tilecut_passes.search import Lattice, Limit, search
 from tilecut_runtime.errors import ConfigError
 from tilecut_targets.target import Target
-
-from tilecut.config import PruneConfig
 
 ATTENTION_KINDS = ("heads", "kv_groups")
 
@@ -88,7 +87,7 @@ def _limits(graph: Graph, groups: Sequence[Group], counter: MacCounter, config: 
     if config.cut_fraction is not None:
         limits.append(Limit("prunable MACs", math.floor((1 - config.cut_fraction) * prunable), macs))
     if config.max_macs is not None:
-        limits.append(_whole("MACs", config.max_macs, counter.total() - prunable, macs))
+        limits.append(Limit("MACs", config.max_macs, macs, rest=counter.total() - prunable))
     if config.attention_sparsity is not None:
         attention = {n for n in names if by_name[n].kind in ATTENTION_KINDS}
         if not attention:
@@ -103,20 +102,9 @@ def _limits(graph: Graph, groups: Sequence[Group], counter: MacCounter, config: 
         per_unit = {n: unit_numbers(graph, by_name[n], in_bytes=weight is None) for n in names}
         whole = count_parameters(graph) if weight else sum(t.numel() * t.element_size() for t in graph.tensors.values())
         fixed = whole - sum(per_unit[n] * by_name[n].size for n in names)
-        limits.append(_whole(what, budget, fixed, lambda of, sizes, per=per_unit: sum(per[n] * sizes[n] for n in of)))
+        taken = lambda of, sizes, per=per_unit: sum(per[n] * sizes[n] for n in of)
+        limits.append(Limit(what, budget, taken, rest=fixed))
     return limits
-
-
-def _whole(what: str, budget: int, fixed: int, cost: Cost) -> Limit:
-    """A limit on the whole model, of which `fixed` cannot be cut."""
-    if budget <= fixed:
-        raise ConfigError(
-            "search",
-            f"no legal model fits the budget of {budget:,} {what}",
-            got=f"what cannot be cut alone has {fixed:,}",
-            fix="raise the budget, or allow more kinds",
-        )
-    return Limit(what, budget - fixed, cost)
 
 
 def unit_numbers(graph: Graph, group: Group, in_bytes: bool = False) -> int:

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from tilecut import __version__, cli_inputs, show
 from tilecut_runtime.errors import TilecutError, VerificationError
 from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.session import load
 from tilecut_runtime.timing import time_interleaved
-
-from tilecut import __version__, cli_inputs, show
 
 FAILED, UNVERIFIED = 1, 3
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
 from tilecut_runtime.errors import InputError
 from tilecut_runtime.manifest import DimRange
 from tilecut_runtime.session import Session

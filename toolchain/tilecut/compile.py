@@ -14,6 +14,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
+
+from tilecut.artifact import MODULE, PLAN, Artifact
+from tilecut.choose_plan import Choice, choose_plan, keep_everything
+from tilecut.config import PruneConfig, find_config
+from tilecut.copy_companions import copy_companions
+from tilecut.load_calibration import Calibration, load_calibration
+from tilecut.make_cases import make_cases, make_inputs
+from tilecut.measure_fidelity import measure_fidelity
+from tilecut.measure_latency import measure_latency
+from tilecut.progress import Progress
+from tilecut.report import build_report, write_report
+from tilecut.write_artifact import artifact_folder, check_output
 from tilecut_passes.axes.groups import Group, find_frozen, find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.capture import capture
@@ -32,19 +45,6 @@ from tilecut_runtime.torch_program import WEIGHTS, save_program, tensors_of
 from tilecut_targets.export_program import export_program
 from tilecut_targets.find_target import find_target
 from tilecut_targets.target import Target, rung
-from torch import nn
-
-from tilecut.artifact import MODULE, PLAN, Artifact
-from tilecut.choose_plan import Choice, choose_plan, keep_everything
-from tilecut.config import PruneConfig, find_config
-from tilecut.copy_companions import copy_companions
-from tilecut.load_calibration import Calibration, load_calibration
-from tilecut.make_cases import make_cases, make_inputs
-from tilecut.measure_fidelity import measure_fidelity
-from tilecut.measure_latency import measure_latency
-from tilecut.progress import Progress
-from tilecut.report import build_report, write_report
-from tilecut.write_artifact import artifact_folder, check_output
 
 # How far the cut graph may differ from the masked dense one, relative to the output's magnitude, by the model's dtype.
 CUT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -265,8 +265,12 @@ def _prunable(groups: list[Group], config: PruneConfig, model: str, frozen: list
 
 
 def _method(config: PruneConfig, calibration: Calibration | None) -> tuple[str, list[str]]:
-    """The importance to use: what was asked for, or magnitude where there is no data."""
-    if calibration is not None or not IMPORTANCES[config.method].needs_data:
+    """The importance to use: what was asked for, or magnitude where there is no data.
+
+    A method that needs labels was chosen with them in mind: it is not replaced, so that `score` says what is missing.
+    """
+    wanted = IMPORTANCES[config.method]
+    if calibration is not None or not wanted.needs_data or wanted.needs_labels:
         return config.method, []
     note = (
         f"no calibration data and no tokenizer beside the model: magnitude scores instead of {config.method}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from tilecut_passes.score import IMPORTANCES
 from tilecut_runtime.errors import ConfigError
 

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
 from tilecut_passes.calibration import Batch, check_batches
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import CalibrationError
-from torch import nn
 
 BATCH_SIZE = 64
 MAX_TEXTS = 4096

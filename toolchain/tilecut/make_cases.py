@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph, is_call, source, value_of
 from tilecut_runtime.reference import Case
-from torch import Tensor
 
 # (batch, length) of the cases; lengths are cut to what the model allows.
 SIZES = ((1, 1), (1, 8), (2, 13), (5, 64), (8, 256))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph
 from tilecut_passes.measure_loss import task_loss

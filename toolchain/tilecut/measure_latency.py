@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from tilecut.make_cases import make_inputs
 from tilecut_passes.graph import Graph
 from tilecut_runtime.manifest import Manifest
 from tilecut_runtime.timing import time_interleaved
 from tilecut_targets.target import Target
-
-from tilecut.make_cases import make_inputs
 
 ROUNDS, WARMUP = 30, 3
 PRUNED = "pruned artifact"

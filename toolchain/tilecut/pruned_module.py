@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tilecut_passes.unlift_program import unlift_program
-from tilecut_runtime.manifest import Manifest
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+
+from tilecut_passes.unlift_program import unlift_program
+from tilecut_runtime.manifest import Manifest
 
 
 class Outputs(dict):

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from tilecut_passes.count_macs import count_parameters
-from tilecut_passes.graph import Graph, Refusal
-from tilecut_passes.run_passes import PassRecord
-from tilecut_runtime.manifest import Manifest, Rung
 
 from tilecut.artifact import REPORT, REPORT_PAGE
 from tilecut.choose_plan import Choice
 from tilecut.config import PruneConfig
 from tilecut.load_calibration import Calibration
+from tilecut_passes.count_macs import count_parameters
+from tilecut_passes.graph import Graph, Refusal
+from tilecut_passes.run_passes import PassRecord
+from tilecut_runtime.manifest import Manifest, Rung
 
 
 def build_report(
@@ -136,10 +136,10 @@ def machine() -> dict[str, Any]:
 
 
 def human_count(number: float) -> str:
-    """1.43 G, 22.7 M, 384."""
+    """1.43 G, 717 M, 384: three significant digits."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
-            return f"{number / limit:.2f} {unit}"
+            return f"{number / limit:.{2 - min(2, len(str(int(number / limit))) - 1)}f} {unit}"
     return f"{number:.0f}"
 
 

@@ -19,9 +19,9 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
-from tilecut_runtime.manifest import Manifest, Rung
 
 from tilecut.progress import Progress
+from tilecut_runtime.manifest import Manifest, Rung
 
 STATUS = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "not run": "[yellow]not run[/]"}
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-
-# Importing it registers tilecut::attention.
-from tilecut_runtime import attention as _attention_op
 from torch import fx
 
 from tilecut_passes.axes.axis import divide, regroup, unify
 from tilecut_passes.axes.infer import Axes, NodeTypes, Types, broadcast, fresh
 from tilecut_passes.graph import source, value_of
+
+# Importing it registers tilecut::attention.
+from tilecut_runtime import attention as _attention_op
 
 aten = torch.ops.aten
 assert _attention_op

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, value_of
 from torch import fx
 
+from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, value_of
 from tilecut_targets.ascend import npu_ops
 
 HEAD_WIDTH_MULTIPLE, HEAD_WIDTH_LIMIT = 16, 512

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.reference import Case
 from tilecut_runtime.torch_program import open_program, save_program
-
 from tilecut_targets.export_program import export_program
 from tilecut_targets.target import Target, Written, rung
 

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import onnxruntime as ort
 import torch
+
 from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_runtime.reference import Arrays
-
 from tilecut_targets.decompose_attention import decomposed_attention
 from tilecut_targets.edge import ort_ops
+from tilecut_targets.export_program import first_line
 from tilecut_targets.target import Contenders
 from tilecut_targets.write_onnx import write_onnx
 
 PRUNED, DENSE = "pruned artifact", "dense, same path"
-EXPORTED, OPTIMIZED = "dense, torch's export", "dense, onnxruntime's transformer optimizer"
+EXPORTED, OPTIMIZED = "dense, torch's export", "dense, ORT's optimizer"
 
 
 def contend(lowering: Sequence[Pass], dense: Graph, artifact: Path, threads: int, scratch: Path) -> Contenders:
@@ -41,7 +42,7 @@ def contend(lowering: Sequence[Pass], dense: Graph, artifact: Path, threads: int
         optimize(scratch / "exported.onnx", scratch / "optimized.onnx")
         runners[OPTIMIZED] = plain_session(scratch / "optimized.onnx", threads)
     except Exception as e:
-        failed[OPTIMIZED] = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}"
+        failed[OPTIMIZED] = first_line(e)
     return Contenders(runners, failed)
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
 import torch
-from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, sizes_of, source, value_of
 from torch import Tensor, fx, nn
 
+from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, sizes_of, source, value_of
+from tilecut_targets.decompose_attention import finite
 from tilecut_targets.edge import ort_ops
 
 aten = torch.ops.aten
@@ -44,7 +45,7 @@ class LowerAttention:
             return f"{q.shape[1]} query heads on {k.shape[1]} KV heads: the fused ops of the CPU provider take one each"
         if list(a["window"]) != [-1, -1] or a["global_tokens"] or a["softcap"] or a["alibi_slopes"] is not None:
             return "window, global tokens, soft-cap or ALiBi: the fused ops of the CPU provider have none"
-        if a["causal"] == "bottom_right" or (a["causal"] == "top_left" and sizes_of(q)[2] != sizes_of(k)[2]):
+        if a["causal"] != "none" and sizes_of(q)[2] != sizes_of(k)[2]:
             return f"{a['causal']} causal attention between different numbers of queries and keys"
         if a["bias"] is not None and any(
             s == 1 and w != 1 for s, w in zip(value_of(a["bias"]).shape[2:], (q.shape[2], k.shape[2]))
@@ -55,16 +56,20 @@ class LowerAttention:
     def __call__(self, graph: Graph) -> int:
         """Lower in place; returns the number of attentions."""
         masks: dict[fx.Node, fx.Node] = {}
+        biases: dict[fx.Node, fx.Node] = {}
         count = 0
         for node in [n for n in graph.nodes if is_call(n, torch.ops.tilecut.attention.default)]:
             if reason := self.match(node):
                 graph.refusals.append(Refusal("LowerAttention", node.name, reason))
                 continue
             a = arguments(node)
-            mask = _int32_mask(graph, a["key_padding"], masks)
+            mask = _once(graph, node, a["key_padding"], masks, aten._to_copy.default, dtype=torch.int32)
             parts = [p for name in "qkv" if (p := find_projection(graph, a[name])) is not None]
             one = len(parts) == 3 and len({(p.source, p.weight.shape) for p in parts}) == 1
-            folded = _packed(graph, node, a, mask, parts) if one and a["bias"] is None else _separate(graph, node, a, mask)
+            bias = _once(graph, node, a["bias"], biases, finite)
+            folded = (
+                _packed(graph, node, a, mask, parts) if one and bias is None else _separate(graph, node, a, mask, bias)
+            )
             _replace(graph, node, folded)
             count += 1
         return count
@@ -110,7 +115,7 @@ def _packed(graph: Graph, node: fx.Node, a: dict[str, Any], mask: fx.Node | None
         )
 
 
-def _separate(graph: Graph, node: fx.Node, a: dict[str, Any], mask: fx.Node | None) -> fx.Node:
+def _separate(graph: Graph, node: fx.Node, a: dict[str, Any], mask: fx.Node | None, bias: fx.Node | None) -> fx.Node:
     with calls_before(graph, node) as call:
         folded = []
         for name in "qkv":
@@ -121,20 +126,29 @@ def _separate(graph: Graph, node: fx.Node, a: dict[str, Any], mask: fx.Node | No
             ort_ops.multi_head_attention,
             *folded,
             mask,
-            a["bias"],
+            bias,
             value_of(a["q"]).shape[1],
             a["scale"],
             a["causal"] != "none",
         )
 
 
-def _int32_mask(graph: Graph, padding: fx.Node | None, made: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    if padding is None:
+def _once(
+    graph: Graph,
+    before: fx.Node,
+    operand: fx.Node | None,
+    made: dict[fx.Node, fx.Node],
+    op: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> fx.Node | None:
+    """`op(operand, ..)`, made once for all attentions that share the operand: before the first of them."""
+    if operand is None:
         return None
-    if padding not in made:
-        with calls_before(graph, padding.next) as call:
-            made[padding] = call(aten._to_copy.default, padding, dtype=torch.int32)
-    return made[padding]
+    if operand not in made:
+        with calls_before(graph, before) as call:
+            made[operand] = call(op, operand, *args, **kwargs)
+    return made[operand]
 
 
 def _replace(graph: Graph, node: fx.Node, folded: fx.Node) -> None:

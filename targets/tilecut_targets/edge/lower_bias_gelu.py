@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tilecut_passes.graph import Graph, arguments, calls_before, is_call
 from torch import fx
 
+from tilecut_passes.graph import Graph, arguments, calls_before, is_call
 from tilecut_targets.edge import ort_ops
 
 aten = torch.ops.aten

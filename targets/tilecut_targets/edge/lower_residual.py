@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tilecut_passes.graph import Graph, is_call, sizes_of, source, value_of
 from torch import fx
 
+from tilecut_passes.graph import Graph, is_call, sizes_of, source, value_of
 from tilecut_targets.edge import ort_ops
 
 aten = torch.ops.aten

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import onnx
 import torch
+
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.reference import Case
 from tilecut_runtime.session import onnx_runner
-
 from tilecut_targets.decompose_attention import decomposed_attention
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.contend import contend

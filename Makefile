@@ -1,0 +1,56 @@
+# Two commands do everything on a machine with Python 3.11 and make: `make demo` and `make test`.
+# Each makes its environment in .venv when it is not there yet, or when pyproject.toml or constraints.txt changed.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ENV := .venv
+PY := $(ENV)/bin/python
+# Nothing is loaded from a model hub; tests run side by side, one thread each.
+export HF_HUB_OFFLINE := 1
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+
+.PHONY: demo test test-all test-wheel lint types bench clean
+
+demo: $(ENV)/.demo  ## prune the real model for the edge target and show what came of it
+	$(PY) benchmarks/demo.py
+
+test: lint types  ## what every change must pass
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: lint types  ## with the long tests, then all of them again against the built wheel
+	$(PYTEST) -m "not gpu"
+	$(MAKE) test-wheel
+
+# The wheel's packages come first on the path, in a folder with a user's own `runtime.py` and `passes/`.
+test-wheel: $(ENV)/.dev
+	rm -rf build/wheel && mkdir -p build/wheel/user/passes
+	$(PY) -m build --wheel --no-isolation --outdir build/wheel . > build/wheel/build.log
+	$(PY) -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
+	cp -r tests benchmarks examples README.md build/wheel/user/
+	echo 'raise ImportError("the runtime.py of a user was imported")' > build/wheel/user/runtime.py
+	echo 'raise ImportError("the passes/ of a user was imported")' > build/wheel/user/passes/__init__.py
+	cd build/wheel/user && TILECUT_FROM=$(CURDIR)/build/wheel/site PYTHONPATH=$(CURDIR)/build/wheel/site:. OMP_NUM_THREADS=1 \
+		$(CURDIR)/$(PY) -m pytest -n auto --dist loadfile -m "not slow and not gpu" -c $(CURDIR)/pyproject.toml \
+		--rootdir . -o pythonpath=tests tests
+
+lint: $(ENV)/.dev
+	$(PY) -m ruff check .
+
+types: $(ENV)/.dev
+	$(PY) -m basedpyright
+
+bench: $(ENV)/.demo  ## the figures of benchmarks/RESULTS.md
+	$(PY) benchmarks/bench_minilm_edge.py
+
+clean:
+	rm -rf $(ENV) build dist demo-output
+
+$(ENV)/.demo: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install -q -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(ENV)/.dev: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@ $(ENV)/.demo
+
+$(PY):
+	$(PYTHON) -m venv $(ENV)
