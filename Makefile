@@ -36,7 +36,7 @@ lint: $(ENV)/.dev
 	$(PY) -m ruff check .
 
 types: $(ENV)/.dev
-	$(PY) -m basedpyright
+	$(PY) -m basedpyright --pythonpath $(PY)
 
 bench: $(ENV)/.demo  ## the figures of benchmarks/RESULTS.md
 	$(PY) benchmarks/bench_minilm_edge.py

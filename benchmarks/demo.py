@@ -94,7 +94,9 @@ def main() -> None:
 
     r = artifact.report
     times = {name: row["cpu_ms"] for name, row in r["latency"].get("contenders", {}).items()}
-    table = Table(title="one thread, batch 1, 128 tokens; accuracy, and cosine to dense, on the test split", title_justify="left")
+    table = Table(
+        title="one thread, batch 1, 128 tokens; accuracy, and cosine to dense, on the test split", title_justify="left"
+    )
     for name in ("model", "size", "MACs", "CPU ms", "accuracy", "cosine"):
         table.add_column(name, justify="left" if name == "model" else "right")
     for name, took in times.items():

@@ -77,6 +77,6 @@ class Judge:
         """Accuracy of the fixed head (0 to 1) and mean cosine to the dense embeddings; None judges the dense model."""
         mine = self.dense if encoder is None else embed(encoder, self.tokenizer, self.texts, advance)
         return {
-            "accuracy": float((self.head.predict(mine) == self.labels).mean()),
+            "accuracy": float(np.mean(self.head.predict(mine) == self.labels)),
             "cosine": float((mine * self.dense).sum(1).mean()),
         }

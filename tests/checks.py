@@ -66,7 +66,7 @@ def tiny_bert(
         max_position_embeddings=512,
         attn_implementation=attn,
     )
-    return randomise(transformers.BertModel(config), seed)  # type: ignore[return-value]
+    return randomise(transformers.BertModel(config), seed)
 
 
 @functools.lru_cache(maxsize=4)

@@ -8,10 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 
-import checks
 import hypothesis
 import pytest
 import torch
+
+import checks
 
 # torch.export makes millions of small objects; collecting them often is a quarter of its time.
 gc.set_threshold(100_000, 50, 50)

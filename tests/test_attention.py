@@ -48,9 +48,16 @@ def loops(q, k, v, key_padding, bias, slopes, scale, causal, window, global_toke
 
 @pytest.mark.parametrize("causal", ["none", "top_left", "bottom_right"])
 @pytest.mark.parametrize("window", [(-1, -1), (2, 1), (0, -1)])
-@pytest.mark.parametrize(("padded", "biased", "alibi", "softcap", "global_tokens"), [
-    (False, False, False, 0.0, 0), (True, False, False, 0.0, 0), (True, True, False, 2.0, 0), (False, False, True, 0.0, 2), (True, True, True, 1.5, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("padded", "biased", "alibi", "softcap", "global_tokens"),
+    [
+        (False, False, False, 0.0, 0),
+        (True, False, False, 0.0, 0),
+        (True, True, False, 2.0, 0),
+        (False, False, True, 0.0, 2),
+        (True, True, True, 1.5, 1),
+    ],
+)
 def test_equals_the_loops(causal, window, padded, biased, alibi, softcap, global_tokens):
     q, k, v = operands()
     key_padding = torch.tensor([[True] * 7, [False, True, True, False, True, False, False]]) if padded else None

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from checks import bert_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checks import bert_graph
 from tilecut.choose_plan import choose_plan, keep_everything, unit_numbers
 from tilecut.config import PruneConfig
 from tilecut_passes.axes.groups import find_groups

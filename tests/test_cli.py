@@ -5,9 +5,9 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from checks import minilm_folder, text_batch, tiny_bert
 from typer.testing import CliRunner
 
+from checks import minilm_folder, text_batch, tiny_bert
 from tilecut import cli
 from tilecut_runtime.manifest import Manifest, list_files
 

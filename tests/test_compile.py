@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import TinyMlp, compiled, groups_of, minilm_folder, randomise, text_batch, tiny_bert
 from safetensors.torch import load_file
 from torch import nn
 
+from checks import TinyMlp, compiled, groups_of, minilm_folder, randomise, text_batch, tiny_bert
 from tilecut import PruneConfig, compile_pruned, load
 from tilecut.compile import _cut_equals_masked
 from tilecut_passes.capture import capture

@@ -4,9 +4,9 @@ import shutil
 import pytest
 import torch
 import transformers
-from checks import TEXTS, TinyMlp, bert_graph, minilm_folder, mlp_graph, tiny_bert
 
-from tilecut.load_calibration import load_calibration, read_texts, tokenizer_folder
+from checks import TEXTS, TinyMlp, bert_graph, minilm_folder, mlp_graph, tiny_bert
+from tilecut.load_calibration import Calibration, load_calibration, read_texts, tokenizer_folder
 from tilecut_passes.capture import capture
 from tilecut_runtime.errors import CalibrationError
 
@@ -22,18 +22,24 @@ def with_tokenizer(tmp_path_factory):
     return model, capture(model)
 
 
-def load(given, with_tokenizer, sequence=32, seed=0):
+def some(given, graph, model, sequence=8, seed=0) -> Calibration:
+    got = load_calibration(given, graph, model, sequence, seed)
+    assert got is not None
+    return got
+
+
+def load(given, with_tokenizer, sequence=32, seed=0) -> Calibration:
     model, graph = with_tokenizer
-    return load_calibration(given, graph, model, sequence, seed)
+    return some(given, graph, model, sequence, seed)
 
 
 def test_batches_pass_through_and_a_tenth_is_held_out():
     batches = [{"x": torch.full((2, 12), float(i))} for i in range(20)]
-    got = load_calibration(batches, mlp_graph(), TinyMlp(), 8)
+    got = some(batches, mlp_graph(), TinyMlp())
     assert len(got.fit) == 18
     assert [int(b.inputs["x"][0, 0]) for b in got.held_out] == [5, 15]
     assert got.source == "20 batches" and got.tokens == 36
-    few = load_calibration(batches[:3], mlp_graph(), TinyMlp(), 8)
+    few = some(batches[:3], mlp_graph(), TinyMlp())
     assert few.fit == few.held_out and "too few" in few.source
 
 

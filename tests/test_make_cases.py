@@ -1,7 +1,7 @@
 import numpy as np
 import torch
-from checks import bert_graph, mlp_graph
 
+from checks import bert_graph, mlp_graph
 from tilecut.make_cases import SIZES, make_case, make_cases, make_inputs
 
 

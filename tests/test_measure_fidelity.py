@@ -1,7 +1,7 @@
 import pytest
 import torch
-from checks import bert_graph, mlp_graph, text_batch
 
+from checks import bert_graph, mlp_graph, text_batch
 from tilecut.measure_fidelity import measure_fidelity
 from tilecut_passes.calibration import Batch
 

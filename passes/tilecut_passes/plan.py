@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class PrunePlan:
         made = tuple(GroupPlan(g.name, g.kind, g.size, tuple(range(g.size)), g.members) for g in groups)
         return PrunePlan(fingerprint(graph), made)
 
-    def keeping(self, kept: dict[str, Sequence[int]]) -> PrunePlan:
+    def keeping(self, kept: Mapping[str, Sequence[int]]) -> PrunePlan:
         """This plan with the named groups keeping other units.
 
         Raises:

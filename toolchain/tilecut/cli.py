@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -43,13 +43,18 @@ def main() -> None:
     try:
         app()
     except TilecutError as e:
-        if "--json" in sys.argv:
-            print(json.dumps({"error": {"kind": type(e).__name__, "message": str(e)}}))
-        err.print(f"[bold red]error:[/] {show.plain(str(e))}", highlight=False, soft_wrap=True)
-        sys.exit(UNVERIFIED if isinstance(e, VerificationError) else FAILED)
+        _fail(type(e).__name__, str(e), UNVERIFIED if isinstance(e, VerificationError) else FAILED)
     except ModuleNotFoundError as e:
-        err.print(f"[bold red]error:[/] {show.plain(str(e))}", highlight=False, soft_wrap=True)
-        sys.exit(FAILED)
+        _fail(
+            type(e).__name__, f"{e.name} is needed for this and not installed; pip install 'tilecut[compile]'", FAILED
+        )
+
+
+def _fail(kind: str, message: str, code: int) -> NoReturn:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": {"kind": kind, "message": message}}))
+    err.print(f"[bold red]error:[/] {show.plain(message)}", highlight=False, soft_wrap=True)
+    sys.exit(code)
 
 
 @app.callback(invoke_without_command=True)
