@@ -8,7 +8,7 @@ from tilecut.choose_plan import choose_plan, keep_everything, unit_numbers
 from tilecut.config import PruneConfig
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
-from tilecut_passes.count_macs import count_parameters
+from tilecut_passes.count_macs import MacCounter, count_parameters
 from tilecut_passes.prune import Prune
 from tilecut_passes.run_passes import run_passes
 from tilecut_passes.score import score
@@ -89,6 +89,29 @@ def test_heads_to_keep_and_powers_of_two():
 def test_a_budget_that_no_legal_model_meets_names_the_smallest(config):
     with pytest.raises(ConfigError, match=r"no legal model fits the budget .* the smallest legal one has [\d,]+"):
         choose(**config)
+
+
+def test_padding_is_priced():
+    graph = bert_graph(width=12, neurons=40)
+    axes = infer(graph)
+    groups = [g for g in find_groups(axes) if g.kind in ("heads", "neurons")]
+    rankings = score("magnitude", graph, groups, [])
+    for config in (PruneConfig(sparsity=0.0), PruneConfig(sparsity=0.25), PruneConfig(max_macs=4_400_000)):
+        choice = choose_plan(graph, axes, groups, rankings, config, find_target("cuda"))
+        pruned = graph.copy()
+        run_passes(pruned, [Prune(choice.plan)])
+        assert [e(pruned) for e in find_target("cuda").enforce()] == [0, 0]
+        # Heads of 12 became 16 wide and 40 neurons 64, and what was counted is what is there.
+        emitted = infer(pruned)
+        assert {g.size for g in find_groups(emitted) if g.kind == "neurons"} == {64}
+        assert choice.macs()["pruned"] == MacCounter(emitted, find_groups(emitted), config.sizes()).total()
+        if config.max_macs is not None:
+            assert choice.macs()["pruned"] <= config.max_macs < choice.macs()["dense"]
+        if config.sparsity == 0.0:
+            assert all(len(g.kept) == g.size for g in choice.plan.groups)
+    heads = find_target("edge").lattice(power_of_two_heads=True)
+    assert [heads.emitted("heads", n) for n in (1, 5, 6, 8)] == [1, 8, 8, 8]
+    assert heads.emitted("neurons", 40) == 48
 
 
 def test_the_best_units_stay():

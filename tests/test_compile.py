@@ -224,6 +224,11 @@ BAD = [
     (lambda d: {"calibration": [{"x": torch.ones(2, 13)}]}, CalibrationError, "input x has another shape"),
     (lambda d: {"calibration": [{"x": torch.ones(2, 12).long()}]}, CalibrationError, "another dtype; got int64"),
     (lambda d: {"calibration": [{"x": torch.full((2, 12), float("nan"))}]}, CalibrationError, "NaN or infinity"),
+    (
+        lambda d: {"model": randomise(TinyMlp(neurons=64)).half(), "example_inputs": torch.randn(4, 12).half()},
+        CaptureError,
+        "up.weight: a weight is not float32; got float16; wanted float32; pass model.float()",
+    ),
     (lambda d: {"calibration": []}, CalibrationError, "no batches"),
     (lambda d: {"calibration": 7}, CalibrationError, "neither batches, texts nor a file; got int"),
     (lambda d: {"calibration": ["some", "texts"]}, CalibrationError, "no tokenizer beside it"),

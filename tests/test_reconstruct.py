@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
-from checks import bert_graph, groups_of, mlp_graph, text_batch
-from tilecut_passes.calibration import check_batches
+from checks import bert_graph, groups_of, mlp_graph, random_plan, randomise, text_batch
+from tilecut_passes.calibration import Batch, check_batches
+from tilecut_passes.capture import capture
 from tilecut_passes.plan import PrunePlan
 from tilecut_passes.prune import Prune
 from tilecut_passes.reconstruct import Reconstruct, find_sites
@@ -99,3 +101,24 @@ def test_nan_is_named():
     cut.set_tensor("up.weight", torch.nn.Parameter(weight))
     with pytest.raises(CalibrationError, match=r"activations at down\.weight are not finite"):
         Reconstruct(graph, check_batches(graph, [{"x": torch.randn(4, 12)}]))(cut)
+
+
+class Shared(nn.Module):
+    """The same two layers twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 20), nn.Linear(20, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.down(torch.relu(self.up(x)))
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_what_is_not_refitted_is_said():
+    dense = capture(randomise(Shared()), torch.randn(8, 6))
+    plan = random_plan(dense, 1, "neurons")
+    pruned = dense.copy()
+    run_passes(pruned, [Prune(plan)])
+    assert run_passes(pruned, [Reconstruct(dense, [Batch({"x": torch.randn(8, 6)})])])[0].rewrites == 0
+    assert {(r.by, r.why) for r in pruned.refusals} == {("Reconstruct", "its weight is shared")}

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import transformers
+from torch import nn
 
-from checks import bert_graph, groups_of, mlp_graph, text_batch
+from checks import bert_graph, groups_of, mlp_graph, randomise, text_batch
 from tilecut_passes.calibration import Batch, check_batches
+from tilecut_passes.capture import capture
 from tilecut_passes.mask import gate
 from tilecut_passes.measure_loss import probe_loss, task_loss
 from tilecut_passes.plan import PrunePlan
@@ -200,3 +203,34 @@ def test_a_pruned_graph_can_be_scored_again():
     run_passes(graph, [Prune(PrunePlan.keep_all(graph, groups).keeping({g.name: range(g.size // 2) for g in groups}))])
     rankings = score("obs", graph, groups_of(graph), batches_for(graph))
     assert {len(r.order) for r in rankings.values()} == {2, 24}
+
+
+def test_groups_that_feed_no_linear_layer_are_scored_by_fisher():
+    model = randomise(transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50)))
+    graph = capture(model)
+    groups = groups_of(graph)
+    batches = [Batch({"input_ids": torch.randint(0, 50, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)})]
+    assert groups
+    assert score("obs", graph, groups, batches) == score("fisher", graph, groups, batches)
+
+
+def test_both_kinds_of_score_are_on_one_scale():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 20), nn.Linear(20, 6)
+            self.up2, self.down2 = nn.Linear(6, 20), nn.Parameter(torch.randn(20, 6))
+
+        def forward(self, x):
+            x = x + self.down(torch.relu(self.up(x)))
+            return x + torch.relu(self.up2(x)) @ self.down2
+
+    graph = capture(randomise(Mixed()), torch.randn(8, 6))
+    groups = groups_of(graph)
+    batches = [Batch({"x": torch.randn(200, 6)})]
+    obs, fisher = (score(method, graph, groups, batches) for method in ("obs", "fisher"))
+    linear, other = (g.name for g in groups)
+    assert obs[other].order == fisher[other].order
+    assert obs[other].losses[0] / fisher[other].losses[0] == pytest.approx(
+        obs[linear].losses[0] / fisher[linear].losses[0]
+    )

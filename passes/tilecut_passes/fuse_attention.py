@@ -3,7 +3,8 @@
 Before: scaled_dot_product_attention(q, k, v, mask), q [B, Hq, S, D], with or without grouped queries.
 After: tilecut::attention(q, k, v, key_padding, bias, None, scale=, causal=, ..): a mask that is recognised becomes
 causal and key_padding and its sub-graph dies; any other mask is kept as an additive bias.
-Left alone, with the reason in `graph.refusals`: attention of another rank, or with dropout.
+Left alone, with the reason in `graph.refusals`: attention of another rank, with dropout, or written out as matmul,
+softmax, matmul.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class FuseAttention:
 
     def match(self, node: fx.Node) -> Attention | str | None:
         """The attention at a node, the reason why it cannot be fused, or None when it is none."""
+        if is_call(node, aten.softmax.int) and _weighs_values(node):
+            return "attention is written out as matmul, softmax, matmul; build the model with sdpa attention"
         if not is_call(node, aten.scaled_dot_product_attention.default):
             return None
         a = arguments(node)
@@ -66,6 +69,18 @@ class FuseAttention:
                 graph.fx.erase_node(node)
                 count += 1
         return count
+
+
+def _weighs_values(softmax: fx.Node) -> bool:
+    """Whether what a softmax gives is the left side of a matmul, perhaps after a cast or a view."""
+    for user in softmax.users:
+        if is_call(user, aten.matmul.default, aten.bmm.default):
+            return user.args[0] is softmax
+        if is_call(
+            user, aten.to.dtype, aten._to_copy.default, aten.view.default, aten.reshape.default, aten.expand.default
+        ):
+            return _weighs_values(user)
+    return False
 
 
 def _fused(

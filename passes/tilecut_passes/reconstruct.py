@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tilecut_passes.calibration import Batch
-from tilecut_passes.graph import Graph, execute, is_call, map_nodes, source
+from tilecut_passes.graph import Graph, Refusal, execute, is_call, map_nodes, source, value_of
 from tilecut_runtime.errors import CalibrationError
 
 aten = torch.ops.aten
@@ -62,6 +62,7 @@ class Reconstruct:
             CalibrationError: an activation is not finite; names the layer.
         """
         sites = find_sites(self.dense, graph)
+        graph.refusals += find_refusals(self.dense, graph, sites)
         runs = [(_Stepper(self.dense, b), _Stepper(graph, b)) for b in self.batches]
         with torch.no_grad():
             for i, site in enumerate(sites):
@@ -147,6 +148,26 @@ def find_sites(dense: Graph, pruned: Graph) -> list[Site]:
         if uses[name] == 1 and (bias is None or bias_name is not None):
             sites.append(Site(node.name, name, bias_name, _residual(node, order)))
     return sites
+
+
+def find_refusals(dense: Graph, pruned: Graph, sites: Sequence[Site]) -> list[Refusal]:
+    """Contractions whose inputs were cut and that are not refitted: in another op than linear, or with a shared weight."""
+    refitted = {site.linear for site in sites}
+    by_name = {n.name: n for n in dense.nodes}
+    refusals = []
+    for node in pruned.nodes:
+        if not is_call(node, aten.linear.default, aten.addmm.default, aten.mm.default, aten.convolution.default):
+            continue
+        weight = next((n for n in node.all_input_nodes if n.op == "get_attr" and value_of(n).ndim > 1), None)
+        twin = by_name.get(node.name)
+        if weight is None or twin is None or node.name in refitted:
+            continue
+        inner = 0 if is_call(node, aten.addmm.default, aten.mm.default) else 1
+        name = str(weight.target)
+        if dense.tensor(name).shape[inner] != pruned.tensor(name).shape[inner]:
+            why = "its weight is shared" if is_call(node, aten.linear.default) else "only aten.linear is refitted"
+            refusals.append(Refusal("Reconstruct", node.name, why))
+    return refusals
 
 
 def _residual(linear: fx.Node, order: dict[fx.Node, int]) -> str | None:

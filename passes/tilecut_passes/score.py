@@ -44,6 +44,10 @@ class Ranking:
         removed = [0.0, *scores[list(order)].double().cumsum(0).tolist()]
         return Ranking(order, tuple(reversed(removed)))
 
+    def scaled(self, factor: float) -> Ranking:
+        """The same order, losses times `factor`."""
+        return Ranking(self.order, tuple(factor * loss for loss in self.losses))
+
     def best(self, count: int) -> tuple[int, ...]:
         """The `count` units that stay longest, in their old order."""
         return tuple(sorted(self.order[len(self.order) - count :]))

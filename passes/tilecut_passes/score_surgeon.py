@@ -11,11 +11,13 @@ go first, and W and H are updated as if they had been refitted away (Hassibi and
 structured: Kurtic et al., ZipLM, arXiv 2302.04089). Since all layers are priced at the same outputs, the curves can be
 traded against each other in one knapsack, with no table of end-to-end runs. Reconstruction then does the refit.
 
-A group that is contracted anywhere but in linear layers is scored by its gates' Fisher diagonal instead.
+A group that is contracted anywhere but in linear layers is scored by its gates' Fisher diagonal instead, scaled so
+that both kinds of score say the same of the groups that have both (the median ratio of what losing a whole group costs).
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +34,7 @@ from tilecut_passes.score_gates import score_fisher
 from tilecut_runtime.errors import CalibrationError
 
 aten = torch.ops.aten
-# The ridge of the refit that is anticipated, relative to the mean diagonal of X^T X.
+# lambda, relative to the mean diagonal of X^T X: enough to invert where inputs depend on each other.
 RIDGE = 1e-3
 # Units that go at once: at most this part of the group.
 STEPS = 96
@@ -55,6 +57,8 @@ def score_surgeon(
     """Removal orders and cost curves of groups whose gates feed linear layers; the others' by Fisher diagonal."""
     surgical = [g for g in groups if all(_weight_of(graph, sink.node) is not None for sink in g.gates)]
     others = [g for g in groups if g not in surgical]
+    if not surgical:
+        return score_fisher(graph, groups, batches, seed, progress)
     sites = {sink.node.name: _new_site(graph, sink.node) for g in surgical for sink in g.gates}
     steps = len(batches) + len(surgical) + (len(batches) if others else 0)
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +71,10 @@ def score_surgeon(
         rankings[group.name] = _remove_in_order(group.size, [sites[sink.node.name] for sink in group.gates], units)
         progress(len(batches) + i + 1, steps)
     if others:
-        rankings |= score_fisher(graph, others, batches, seed, lambda done, of: progress(steps - of + done, steps))
+        fisher = score_fisher(graph, groups, batches, seed, lambda done, of: progress(steps - of + done, steps))
+        ratios = [rankings[g.name].losses[0] / fisher[g.name].losses[0] for g in surgical if fisher[g.name].losses[0]]
+        scale = statistics.median(ratios) if ratios else 1.0
+        rankings |= {g.name: fisher[g.name].scaled(scale) for g in others}
     return {g.name: rankings[g.name] for g in groups}
 
 

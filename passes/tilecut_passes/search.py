@@ -24,14 +24,23 @@ class Lattice:
     """Which sizes a target allows.
 
     Attributes:
-        blocks: kind -> the sizes must be multiples of this (the dense size is always legal).
+        blocks: kind -> sizes must be multiples of this. The dense size is always legal.
         powers_of_two: kinds whose sizes must be powers of two.
         smallest: kind -> the fewest units that a group may keep.
+        padded: kind -> a dense size that is no multiple of this is emitted padded to the next one.
     """
 
     blocks: Mapping[str, int]
     powers_of_two: frozenset[str] = frozenset()
     smallest: Mapping[str, int] | None = None
+    padded: Mapping[str, int] | None = None
+
+    def emitted(self, kind: str, count: int) -> int:
+        """How many units a group that keeps `count` has once it is legal, padding included: what it costs."""
+        if kind in self.powers_of_two:
+            count = 1 << (count - 1).bit_length()
+        block = (self.padded or {}).get(kind, 1)
+        return -(-count // block) * block
 
     def sizes(self, kind: str, size: int) -> list[int]:
         """The legal sizes of a group, the dense one included, ascending."""

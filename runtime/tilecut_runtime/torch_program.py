@@ -2,12 +2,16 @@
 
 A program is a `torch.export` archive whose tensors live on the meta device: the graph travels in the .pt2, the
 weights once, in `model.safetensors` beside it. Run without its weights it raises; it never computes with made-up
-numbers. `save_program` drops the pickled sample inputs that `torch.export.save` would carry.
+numbers. `save_program` drops the pickled sample inputs that `torch.export.save` would carry, and the stack traces, which
+hold paths of the machine that compiled. `read_program` refuses an archive that holds anything else than a graph and
+meta tensors, before torch looks at it: torch unpickles what an archive declares as pickled.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import zipfile
 from pathlib import Path
 from typing import cast
 
@@ -23,10 +27,13 @@ from tilecut_runtime.errors import ArtifactError
 from tilecut_runtime.manifest import Manifest
 
 WEIGHTS = "model.safetensors"
+HARMLESS = ("models/", "archive_format", "archive_version", "byteorder", ".data/")
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
     """Write the graph of `program`; parameters, buffers and constants become meta tensors of their dtype and shape."""
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
     bare = copy.copy(program)
     bare._example_inputs = None
     bare._state_dict = {k: _to_meta(v) for k, v in program.state_dict.items()}
@@ -49,8 +56,10 @@ def read_program(path: Path, weights: Path) -> ExportedProgram:
     """The program at `path` with the tensors of `weights` in place.
 
     Raises:
-        ArtifactError: a tensor is missing or has another shape or dtype than the graph says.
+        ArtifactError: the archive holds more than a graph, or a tensor is missing or has another shape or dtype than
+            the graph says.
     """
+    _check_archive(path)
     program = torch.export.load(path)
     tensors = load_file(weights)
 
@@ -73,6 +82,31 @@ def read_program(path: Path, weights: Path) -> ExportedProgram:
     fill(program.state_dict)
     fill(program.constants)
     return program
+
+
+def _check_archive(path: Path) -> None:
+    """Only what `save_program` writes: no pickle, no data, no compiled code."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                _, _, name = entry.filename.partition("/")
+                if name.startswith("data/") and name.endswith("_config.json"):
+                    payloads = json.loads(archive.read(entry))["config"].values()
+                    fault = any(p.get("use_pickle") for p in payloads) and "pickled data"
+                elif name.startswith(("data/weights/", "data/constants/", "data/sample_inputs/")):
+                    fault = entry.file_size > 0 and "data of its own"
+                else:
+                    fault = not name.startswith(HARMLESS) and "an unknown file"
+                if fault:
+                    raise ArtifactError(
+                        str(path),
+                        f"the archive holds {fault}",
+                        got=entry.filename,
+                        wanted="a graph without weights, as tilecut writes it",
+                        fix="do not load it; compile the model again",
+                    )
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ArtifactError(str(path), f"not a torch.export archive ({e})", fix="compile the model again") from e
 
 
 def open_program(folder: Path, manifest: Manifest, entry: str, device: str = "cpu") -> nn.Module:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tilecut.config import PruneConfig
-from tilecut_passes.axes.groups import Group, find_frozen
+from tilecut_passes.axes.groups import Group, find_frozen, find_groups
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.count_macs import MacCounter, count_parameters
 from tilecut_passes.graph import Graph
@@ -27,11 +27,12 @@ class Choice:
     plan: PrunePlan
     lattice: Lattice
     counter: MacCounter
+    prunable: frozenset[str]
 
     def macs(self) -> dict[str, int]:
-        """MACs of the whole model and of its prunable part, dense and pruned."""
-        counts = {g.name: len(g.kept) for g in self.plan.groups if g.name in self.counter.leaf_of}
-        names = [g.name for g in self.plan.groups if g.name in self.counter.leaf_of]
+        """MACs of the whole model and of its prunable part, dense and pruned (padding is counted)."""
+        counts = {g.name: g.count for g in self.plan.groups if g.name in self.counter.leaf_of}
+        names = [g.name for g in self.plan.groups if g.name in self.counter.leaf_of and g.kind in self.prunable]
         return {
             "dense": self.counter.total(),
             "pruned": self.counter.total(counts),
@@ -54,40 +55,66 @@ def choose_plan(
         ConfigError: a budget that no legal model meets; names the smallest reachable.
     """
     names = [g.name for g in groups]
-    counter = MacCounter(axes, list(groups), config.sizes())
+    every_group = find_groups(axes)
+    counter = MacCounter(axes, every_group, config.sizes())
     lattice = target.lattice(config.block, config.power_of_two_heads)
+    whole = _legal(PrunePlan.keep_all(graph, groups), graph, target, config.power_of_two_heads)
+    # Head widths and groups that may not be cut are padded whatever the search does.
+    always = {g.name: g.count for g in whole.groups if g.name not in set(names) and g.name in counter.leaf_of}
     sizes = search(
         groups,
         counter.groups_together(names),
         {n: r.losses for n, r in rankings.items()},
         lattice,
-        _limits(graph, groups, counter, config),
+        _limits(graph, groups, counter, config, lattice, always),
         _fixed(groups, lattice, config),
     )
     plan = PrunePlan.keep_all(graph, groups).keeping({n: rankings[n].best(k) for n, k in sizes.items()})
+    plan = _legal(plan, graph, target, config.power_of_two_heads)
     plan = replace(plan, target=str(target), at=config.sizes(), frozen=tuple(find_frozen(axes)))
-    return Choice(plan, lattice, counter)
+    return Choice(plan, lattice, counter, frozenset(g.kind for g in groups))
+
+
+def _legal(plan: PrunePlan, graph: Graph, target: Target, powers: bool | None) -> PrunePlan:
+    """The plan with the padding that the target needs: what the search priced as `Lattice.emitted`."""
+    for enforce in target.enforce(powers):
+        plan = enforce.on_plan(plan, graph)
+    return plan
 
 
 def keep_everything(graph: Graph, axes: Axes, groups: Sequence[Group], at: dict[str, int], target: Target) -> Choice:
     """The plan of a dense compile."""
-    plan = replace(PrunePlan.keep_all(graph, groups), target=str(target), at=at, frozen=tuple(find_frozen(axes)))
-    return Choice(plan, target.lattice(), MacCounter(axes, list(groups), at))
+    plan = _legal(PrunePlan.keep_all(graph, groups), graph, target, None)
+    plan = replace(plan, target=str(target), at=at, frozen=tuple(find_frozen(axes)))
+    return Choice(plan, target.lattice(), MacCounter(axes, find_groups(axes), at), frozenset(g.kind for g in groups))
 
 
-def _limits(graph: Graph, groups: Sequence[Group], counter: MacCounter, config: PruneConfig) -> list[Limit]:
+def _limits(
+    graph: Graph,
+    groups: Sequence[Group],
+    counter: MacCounter,
+    config: PruneConfig,
+    lattice: Lattice,
+    always: Mapping[str, int],
+) -> list[Limit]:
     names = [g.name for g in groups]
     by_name = {g.name: g for g in groups}
     prunable = counter.of_groups(names)
     limits = []
 
     def macs(of: Sequence[str], sizes: Mapping[str, int]) -> float:
-        return counter.of_groups(of, sizes)
+        return counter.of_groups(of, {**always, **emitted(of, sizes)})
 
-    if config.cut_fraction is not None:
+    def emitted(of: Sequence[str], sizes: Mapping[str, int]) -> dict[str, int]:
+        return {n: lattice.emitted(by_name[n].kind, sizes[n]) for n in of}
+
+    # At 0 nothing has to go, not even what padding adds.
+    if config.cut_fraction:
         limits.append(Limit("prunable MACs", math.floor((1 - config.cut_fraction) * prunable), macs))
     if config.max_macs is not None:
-        limits.append(Limit("MACs", config.max_macs, macs, rest=counter.total() - prunable))
+        limits.append(
+            Limit("MACs", config.max_macs, macs, rest=counter.total(always) - counter.of_groups(names, always))
+        )
     if config.attention_sparsity is not None:
         attention = {n for n in names if by_name[n].kind in ATTENTION_KINDS}
         if not attention:
@@ -102,7 +129,7 @@ def _limits(graph: Graph, groups: Sequence[Group], counter: MacCounter, config: 
         per_unit = {n: unit_numbers(graph, by_name[n], in_bytes=weight is None) for n in names}
         whole = count_parameters(graph) if weight else sum(t.numel() * t.element_size() for t in graph.tensors.values())
         fixed = whole - sum(per_unit[n] * by_name[n].size for n in names)
-        taken = lambda of, sizes, per=per_unit: sum(per[n] * sizes[n] for n in of)
+        taken = lambda of, sizes, per=per_unit: sum(per[n] * k for n, k in emitted(of, sizes).items())
         limits.append(Limit(what, budget, taken, rest=fixed))
     return limits
 

@@ -66,5 +66,5 @@ class CudaTarget(Target):
                 self.tolerance,
                 "the reloaded program on the CPU, through the reference attention, against torch",
             ),
-            Rung("CUDA device", "not run", "needs an NVIDIA GPU: tilecut verify on a machine with one"),
+            Rung("CUDA device", "not run", "needs an NVIDIA GPU: tilecut verify --device cuda on a machine with one"),
         ]
