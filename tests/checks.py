@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 TEXTS = ROOT / "benchmarks" / "data" / "debian_sections.tsv"
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomise(model: nn.Module, seed: int = 0) -> Any:
     """Give every parameter and floating buffer random values: zero biases and unit norms hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
