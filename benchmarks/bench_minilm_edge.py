@@ -44,7 +44,11 @@ def time_all(artifact: Artifact, model: Any, threads: int, sequence: int, rounds
         }
         runs["dense, torch eager"] = lambda: model(**inputs)
         with counted(f"{threads} thread(s), {sequence} tokens", rounds + 10) as advance:
-            return time_interleaved(runs, rounds, 10, lambda done, of: advance(1))
+
+            def one_round(done: int, of: int) -> None:
+                advance(1)
+
+            return time_interleaved(runs, rounds, 10, one_round)
 
 
 def main() -> None:

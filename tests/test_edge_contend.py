@@ -1,5 +1,7 @@
 """What an edge artifact is timed against: forms of the dense model that all give its numbers, and peers that fail."""
 
+from typing import Any
+
 import onnx
 import pytest
 import torch
@@ -80,8 +82,9 @@ def test_a_peer_that_breaks_is_a_result_with_its_reason_and_the_others_still_run
     assert list(made.failed) == [OPTIMIZED]
     assert made.failed[OPTIMIZED].startswith("IsADirectoryError: ")
     x = torch.randn(3, 7, 8)
+    runners: Any = made.runners
     for name in (DENSE, EXPORTED):
-        got = torch.from_numpy(made.runners[name]({"x": x.numpy()})[0])
+        got = torch.from_numpy(runners[name]({"x": x.numpy()})[0])
         assert torch.allclose(got, graph.run({"x": x})["output"], atol=1e-5), name
 
 

@@ -113,6 +113,28 @@ def test_what_comes_back_is_the_graph_at_other_sizes(graph, saved):
         torch.testing.assert_close(module(**x)["output"], graph.run(x)["output"], rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_read_back_is_the_same_program_on_the_same_tensors(program, saved):
+    read = read_program(saved / "model.pt2", saved / WEIGHTS)
+    assert [str(n.target) for n in read.graph.nodes] == [str(n.target) for n in program.graph.nodes]
+    assert "tilecut.attention.default" in [str(n.target) for n in read.graph.nodes]
+    for name, value in program.state_dict.items():
+        got = read.state_dict[name]
+        assert (type(got), got.requires_grad) == (type(value), value.requires_grad)
+        assert torch.equal(got, value)
+
+
+def test_what_is_read_back_can_be_trained(saved):
+    module = read_program(saved / "model.pt2", saved / WEIGHTS).module()
+    module(**inputs())["output"].square().sum().backward()
+    assert {name for name, _ in module.named_parameters()} >= {"qkv.weight", "out.bias", "places.weight"}
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+
+
+def test_weights_that_the_graph_does_not_read_are_ignored(program, saved):
+    save_file({**load_file(saved / WEIGHTS), "extra": torch.zeros(3)}, saved / WEIGHTS)
+    assert set(tensors_of(read_program(saved / "model.pt2", saved / WEIGHTS))) == set(tensors_of(program))
+
+
 def test_a_program_without_its_weights_raises(saved):
     module = torch.export.load(saved / "model.pt2").module()
     with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
@@ -151,6 +173,20 @@ def test_opening_checks_the_hashes_first(name, saved):
         open_program(saved, manifest, "model")
 
 
+def test_a_program_that_the_manifest_does_not_name_is_refused(saved):
+    manifest = Manifest("cuda", "torch", "Model", {"model": "model.pt2"}, (), (), files=list_files(saved))
+    with pytest.raises(ArtifactError, match="names no file as its 'verify' entry"):
+        open_program(saved, manifest, "verify")
+
+
+def test_a_program_moves_whole_to_another_device(saved):
+    # The meta device stands in for a GPU: it too refuses to mix with tensors on the CPU, such as positions made there.
+    manifest = Manifest("cuda", "torch", "Model", {"model": "model.pt2"}, (), (), files=list_files(saved))
+    module = open_program(saved, manifest, "model", "meta")
+    out = module(**{k: v.to("meta") for k, v in inputs(3, 5).items()})["output"]
+    assert out.is_meta and out.shape == (3, 5, 8)
+
+
 def forged(source, to, entry, content):
     """A copy of an archive with one entry added or replaced."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(to, "w") as new:
@@ -169,8 +205,12 @@ PICKLED = json.dumps({"config": {"w": {"path_name": "weight_0", "use_pickle": Tr
     [
         ("data/weights/model_weights_config.json", PICKLED, "pickled data"),
         ("data/sample_inputs/model.pt", b"\x80\x02.", "data of its own"),
+        ("data/weights/weight_0", b"numbers", "data of its own"),
+        ("data/constants/tensor_0", b"numbers", "data of its own"),
         ("data/aotinductor/model/a.so", b"\x7fELF", "an unknown file"),
         ("data/weights/model_weights_config.json", "not json", "not a torch.export archive"),
+        ("data/weights/model_weights_config.json", "[]", "not a torch.export archive"),
+        ("data/weights/model_weights_config.json", '{"config": [1]}', "not a torch.export archive"),
     ],
 )
 def test_a_forged_archive_is_refused_before_torch_reads_it(entry, content, message, saved, monkeypatch):
@@ -178,6 +218,12 @@ def test_a_forged_archive_is_refused_before_torch_reads_it(entry, content, messa
     monkeypatch.setattr(torch.export, "load", lambda path: pytest.fail("torch read it"))
     with pytest.raises(ArtifactError, match=message):
         read_program(path, saved / WEIGHTS)
+
+
+def test_what_torch_writes_by_itself_is_refused(program, saved):
+    torch.export.save(program, saved / "plain.pt2")
+    with pytest.raises(ArtifactError, match="the archive holds"):
+        read_program(saved / "plain.pt2", saved / WEIGHTS)
 
 
 def test_a_file_that_is_no_archive(saved):

@@ -27,10 +27,10 @@ def contend(lowering: Sequence[Pass], dense: Graph, artifact: Path, threads: int
     """Write the dense forms into `scratch` and open everything; a peer that fails is named with its reason."""
     fused = dense.copy()
     run_passes(fused, [FuseAttention(), *lowering])
-    write_onnx(
-        fused, scratch / "dense.onnx", ort_ops.ONNX_OPSET, {torch.ops.tilecut.attention.default: decomposed_attention}
-    )
-    write_onnx(dense, scratch / "exported.onnx", ort_ops.ONNX_OPSET)
+    # The dense model may call the op itself, which torch has no ONNX form for.
+    decompose = {torch.ops.tilecut.attention.default: decomposed_attention}
+    write_onnx(fused, scratch / "dense.onnx", ort_ops.ONNX_OPSET, decompose)
+    write_onnx(dense, scratch / "exported.onnx", ort_ops.ONNX_OPSET, decompose)
     runners = {
         PRUNED: plain_session(artifact, threads),
         DENSE: plain_session(scratch / "dense.onnx", threads),
