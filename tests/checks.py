@@ -128,13 +128,8 @@ def minilm_graph() -> Graph:
 
 
 def in_double(graph: Graph) -> Graph:
-    """A copy of the graph with float64 weights, to tell rounding from mistakes."""
-    wide = graph.copy()
-    for name, tensor in graph.tensors.items():
-        if tensor.is_floating_point():
-            wide.set_tensor(
-                name, nn.Parameter(tensor.detach().double()) if isinstance(tensor, nn.Parameter) else tensor.double()
-            )
+    """A copy of the graph with float64 weights and shapes, to tell rounding from mistakes."""
+    wide = graph.in_double()
     wide.clean()
     wide.propagate()
     return wide

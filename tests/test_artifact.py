@@ -94,3 +94,27 @@ def test_a_folder_that_is_no_artifact(path, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(TilecutError, match=path):
         Artifact(tmp_path / path)
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", DEEP, '{"format": 1}', '{"format": 1, "groups": 1e999}'])
+@pytest.mark.parametrize("name", ["plan.json", "report.json"])
+def test_a_forged_file_whose_hash_fits_is_one_error(name, content, mine):
+    (mine / name).write_text(content)
+    manifest = Manifest.read(mine)
+    manifest.files = list_files(mine)
+    manifest.write(mine)
+    artifact = Artifact(mine)
+    if name == "report.json" and content.startswith('{"'):
+        assert artifact.report == json.loads(content)
+        return
+    with pytest.raises(ArtifactError, match=name):
+        _ = artifact.plan if name == "plan.json" else artifact.report
+
+
+@pytest.mark.parametrize("path", [None, 3, b".."])
+def test_what_is_no_path(path):
+    with pytest.raises(ArtifactError, match="not a path"):
+        Artifact(path)

@@ -125,8 +125,11 @@ def test_bench_times_several_side_by_side(compiled, main):
     output, _ = compiled
     code, out, _ = main("bench", output, output, "--batch", "1,2", "--sequence", "8", "--rounds", "2", "--json")
     rows = json.loads(out)["timings"]
-    assert code == 0 and [(r["batch"], r["sequence"], r["rounds"]) for r in rows] == [(1, 8, 2), (2, 8, 2)]
+    assert code == 0 and [(r["batch"], r["sequence"], r["rounds"]) for r in rows] == [(1, 8, 2)] * 2 + [(2, 8, 2)] * 2
+    assert [r["artifact"] for r in rows[:2]] == [f"{output} #1", f"{output} #2"]
     assert all(r["cpu_ms"] > 0 for r in rows)
+    code, out, _ = main("bench", output, "--rounds", "1", "--json")
+    assert code == 0 and [r["artifact"] for r in json.loads(out)["timings"]] == [str(output)]
     code, out, _ = main("bench", output, "--rounds", "1")
     assert code == 0 and "CPU ms" in out
 
@@ -159,6 +162,8 @@ def test_targets(main):
         (("compile", "{model}", "--sparsity", "1.5"), "bad sparsity; got 1.5"),
         (("compile", "{model}", "--preset", "huge"), "unknown preset; got 'huge'"),
         (("compile", "{model}", "--kinds", "heads,toes"), "kind 'toes' is none of"),
+        (("compile", "{model}", "--kinds", ""), "kind '' is none of"),
+        (("compile", "{model}", "--sequence", "0"), "must be positive"),
         (("compile", "{model}", "--calibration", "absent.tsv"), "no such calibration file"),
         (("compile", "absent"), "no config.json"),
         (("inspect", "absent"), "absent"),
@@ -193,6 +198,9 @@ def test_wrong_usage_is_exit_code_2(main):
     assert main("compile")[0] == 2
     assert main("fly")[0] == 2
     assert main("bench", "x", "--rounds", "0")[0] == 2
+    for threads in ("0", "-1", "1025"):
+        assert main("bench", "x", "--threads", threads)[0] == 2
+        assert main("run", "x", "--threads", threads)[0] == 2
 
 
 def test_help_and_version(main):
@@ -201,3 +209,11 @@ def test_help_and_version(main):
     for command in ("compile", "inspect", "verify", "bench", "run", "targets"):
         assert main(command, "--help")[0] == 0
         assert command in main("--help")[1]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 3}'])
+def test_a_damaged_report_is_one_error(content, compiled, tmp_path, main):
+    broken = shutil.copytree(compiled[0], tmp_path / "broken")
+    (broken / "report.json").write_text(content)
+    code, out, err = main("inspect", broken)
+    assert code == 1 and "report.json" in err and "Traceback" not in out + err

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checks import TinyMlp, compiled, groups_of, minilm_folder, randomise, text_batch, tiny_bert
 from tilecut import PruneConfig, compile_pruned, load
-from tilecut.compile import _cut_equals_masked
+from tilecut.compile import _cut_equals_masked, load_model
+from tilecut.progress import Progress
 from tilecut_passes.capture import capture
 from tilecut_passes.graph import Graph
 from tilecut_passes.plan import PrunePlan
@@ -239,6 +240,15 @@ BAD = [
         ConfigError,
         "budget of 10 parameters; got the smallest legal one has 259",
     ),
+    (lambda d: {"config": PruneConfig(num_heads_keep=2)}, ConfigError, "num_heads_keep is asked for, but no attention"),
+    (lambda d: {"config": PruneConfig(attention_sparsity=0.5)}, ConfigError, "attention_sparsity is asked for"),
+    (lambda d: {"passes": CountLinears()}, ConfigError, "passes is no sequence of passes; got CountLinears"),
+    (lambda d: {"passes": [CountLinears(), 3]}, ConfigError, "passes is no sequence of passes"),
+    (lambda d: {"passes": None}, ConfigError, "passes is no sequence of passes; got None"),
+    (lambda d: {"progress": print}, ConfigError, "progress is no Progress; got builtin_function"),
+    (lambda d: {"output": 3}, ArtifactError, "output: not a path; got int"),
+    (lambda d: {"output": ".."}, ArtifactError, "has no name of its own"),
+    (lambda d: {"output": "/dev/null/a"}, ArtifactError, "cannot be made .Not a directory"),
     (lambda d: {"example_inputs": torch.ones(2, 5)}, CaptureError, r"checks.py:\d+ `return self.down"),
 ]
 
@@ -341,3 +351,78 @@ def test_the_real_model_for_ascend_with_no_other_argument(tmp_path, monkeypatch)
     assert statuses["verify twin equals pruned model"] == "passed"
     assert statuses["NPU"] == "not run"
     assert json.loads((artifact.path / "manifest.json").read_text())["target"] == "ascend"
+
+
+@pytest.fixture
+def saved_bert(tmp_path):
+    tiny_bert(layers=1, vocab=30).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_a_whole_folder_is_loaded(saved_bert):
+    model = load_model(saved_bert)
+    for name, tensor in tiny_bert(layers=1, vocab=30).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def without(held: dict, *names: str) -> dict:
+    return {k: v for k, v in held.items() if k not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda held: without(held, "pooler.dense.weight", "embeddings.LayerNorm.bias"),
+            "weights are missing.*got embeddings.LayerNorm.bias, pooler.dense.weight; wanted|; save",
+        ),
+        (lambda held: {"x": torch.ones(2)}, "weights are missing.* and [0-9]+ more"),
+        (
+            lambda held: {**held, "pooler.dense.bias": torch.ones(3)},
+            "another shape than the config says; got pooler.dense.bias",
+        ),
+    ],
+)
+def test_a_folder_whose_weights_are_not_the_models_is_refused(change, message, saved_bert):
+    path = saved_bert / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    with pytest.raises(CaptureError, match=message):
+        load_model(saved_bert)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"junk"),
+        ("model.safetensors", b""),
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"model_type": "toes"}'),
+        ("config.json", b'{"model_type": "bert", "architectures": ["BertConfig"]}'),
+        ("config.json", b'{"model_type": "bert", "architectures": [3]}'),
+        ("config.json", b'{"model_type": "bert", "architectures": ["Toes"]}'),
+        ("config.json", b'{"model_type": "bert", "architectures": ["BertModel"], "hidden_size": "wide"}'),
+    ],
+)
+def test_a_folder_that_transformers_cannot_read_is_one_error(name, content, saved_bert):
+    (saved_bert / name).write_bytes(content)
+    with pytest.raises(CaptureError) as caught:
+        load_model(saved_bert)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_share_storage_are_written_each(tmp_path):
+    model = randomise(TinyMlp(width=16, neurons=16, out=16))
+    model.down.weight.data = model.up.weight.data
+    artifact = compile_pruned(model, "edge", torch.randn(4, 16), config=None, output=tmp_path / "a", measure=False)
+    held = load_file(artifact.path / "model.safetensors")
+    assert torch.equal(held["up.weight"], model.up.weight) and torch.equal(held["down.weight"], model.up.weight)
+
+
+def test_an_output_path_that_cannot_be_made_is_refused_before_capture(tmp_path):
+    def no_capture(title: str) -> None:
+        pytest.fail(f"{title} began")
+
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match="cannot be made"):
+        mlp(tmp_path / "file" / "a", progress=Progress(no_capture))

@@ -38,6 +38,8 @@ def test_sizes_fill_in_what_at_leaves_out():
         ({"method": "lasso"}, "method 'lasso' is none of obs, fisher, taylor, magnitude"),
         ({"kinds": ("heads", "toes")}, "kind 'toes' is none of heads, kv_groups, neurons"),
         ({"kinds": ()}, "kinds is empty"),
+        ({"seed": -1}, "bad seed; got -1"),
+        ({"seed": 2**63}, "bad seed; got 9223372036854775808"),
         ({"at": {"sequence": 0}}, "must be positive"),
     ],
 )

@@ -58,6 +58,7 @@ class Spellings(nn.Module):
             "packed_bottom_right": folded(attention(q, k, v, causal="bottom_right")),
             "packed_without_a_bias": folded(attention(apart(x, self.bare), k, v, keep)),
             "packed_unfolded": raw * 2,
+            "packed_by_rows": attention(q, k, v, keep, scale=0.6).transpose(1, 2).reshape(b * s, -1),
             "packed_both_ways": folded(raw) + raw.sum(1).repeat(1, 1, HEADS),
             "separate_from_one_layer": folded(attention(*together, keep)),
             "separate_causal": folded(attention(*together, keep, causal="bottom_right")),
@@ -204,7 +205,7 @@ def test_attributes_are_the_ops(path):
     assert {n.op_type for n in fused} == {"Attention", "MultiHeadAttention"}
     held = [{a.name: onnx.helper.get_attribute_value(a) for a in n.attribute} for n in fused]
     assert {a["num_heads"] for a in held} == {HEADS}
-    assert sorted({round(a["scale"], 4) for a in held}) == [0.4, 0.5]
+    assert sorted({round(a["scale"], 4) for a in held}) == [0.4, 0.5, 0.6]
     assert sum(a["unidirectional"] for a in held) == 4
     assert all("qkv_hidden_sizes" not in a for a in held)
     assert ("com.microsoft", 1) in {(o.domain, o.version) for o in model.opset_import}

@@ -12,6 +12,7 @@ from tilecut.make_cases import make_case
 from tilecut_passes.plan import PrunePlan
 from tilecut_passes.prune import Prune
 from tilecut_passes.run_passes import largest_error, run_passes
+from tilecut_runtime.errors import ArtifactError
 from tilecut_runtime.reference import Case
 from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
@@ -129,7 +130,7 @@ def test_one_wrong_number_among_many_fails(emitted):
 
 def test_a_file_that_is_no_onnx_does_not_pass(emitted, tmp_path):
     (tmp_path / "model.onnx").write_bytes((emitted.folder / "model.onnx").read_bytes()[:-100])
-    with pytest.raises(Exception, match=r"[Pp]ars|Protobuf|protobuf"):
+    with pytest.raises(ArtifactError, match=r"not valid ONNX.*([Pp]ars|Protobuf|protobuf)"):
         EdgeTarget().verify(tmp_path, emitted.manifest, emitted.cases)
 
 

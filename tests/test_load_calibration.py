@@ -97,6 +97,16 @@ def test_the_real_text_reads_its_train_split_alone():
         ("a.tsv", b"text\tlabel\nx\tgood\n", "row 1: a label is no integer; got 'good'"),
         ("a.jsonl", b'{"text": "x"}\nnot json\n', "a.jsonl:2: not a JSON object"),
         ("a.jsonl", b'{"body": "x"}\n', 'not a JSON object with a "text"'),
+        ("a.jsonl", b'{"text": null}\n', 'not a JSON object with a "text"; got {"text": null}'),
+        ("a.jsonl", b'\n\n["text"]\n', "a.jsonl:3: not a JSON object"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not a JSON object"),
+        ("a.jsonl", b'{"text": "x", "label": ' + b"1" * 5000 + b"}", "a.jsonl:1: not a JSON object"),
+        ("a.jsonl", b'{"text": "x", "label": 1e400}\n', "row 1: a label is no integer; got inf"),
+        ("a.jsonl", b'{"text": "x", "label": 1.7}\n', "row 1: a label is no integer; got 1.7"),
+        ("a.jsonl", b'{"text": "x", "label": 9223372036854775808}\n', "row 1: a label is no integer"),
+        ("a.jsonl", b'{"text": "x", "label": [1]}\n', "row 1: a label is no integer; got [1]"),
+        ("a.tsv", b"text\tlabel\nx\t1\ny\t2\tz\n", "row 2: more fields than the header has; got 3; wanted 2"),
+        ("a.tsv", b"label\tsplit\n1\ttrain\n", "no column holds text; got label, split"),
     ],
 )
 def test_bad_files(name, content, message, tmp_path):
@@ -126,3 +136,36 @@ def test_a_tokenizer_is_looked_for_where_the_model_came_from(with_tokenizer):
     assert tokenizer_folder(with_tokenizer[0]) is not None
     assert tokenizer_folder(tiny_bert()) is None
     assert tokenizer_folder(TinyMlp()) is None
+
+
+def test_a_byte_order_mark_blank_lines_and_separators_within_a_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '\ufeff{"text": "a\u2028b"}\n\n \n{"text": "c\x85d"}\r\n{"text": "e\\u2028f"}', encoding="utf-8"
+    )
+    assert read_texts(tmp_path / "a.jsonl") == (["a\u2028b", "c\x85d", "e\u2028f"], None)
+    (tmp_path / "a.tsv").write_text("\ufefftext\tlabel\r\na\u2028b\t1\r\n\r\nc\t2\r\n", encoding="utf-8")
+    assert read_texts(tmp_path / "a.tsv") == (["a\u2028b", "c"], [1, 2])
+    (tmp_path / "a.txt").write_text("\ufeffa\u2028b\n\nc", encoding="utf-8")
+    assert read_texts(tmp_path / "a.txt") == (["a\u2028b", "c"], None)
+
+
+def test_the_text_column_is_never_the_label_or_the_split(tmp_path):
+    (tmp_path / "a.tsv").write_text("sentence\tlabel\nfine\t1\nbad\t0\n", encoding="utf-8")
+    assert read_texts(tmp_path / "a.tsv") == (["fine", "bad"], [1, 0])
+    (tmp_path / "b.tsv").write_text(
+        "id\tsentence\tlabel\tsplit\n7\tfine\t1\ttrain\n8\tbad\t0\ttest\n", encoding="utf-8"
+    )
+    assert read_texts(tmp_path / "b.tsv") == (["fine"], [1])
+
+
+def test_a_long_field_and_short_rows(tmp_path):
+    text = "word " * 50_000
+    (tmp_path / "a.tsv").write_text(f"text\tlabel\n{text}\t1\nshort\n", encoding="utf-8")
+    assert read_texts(tmp_path / "a.tsv") == ([text.strip(), "short"], None)
+
+
+@pytest.mark.parametrize("value", [None, "text", object(), [[1.0], [1.0, 2.0]], [2**70]])
+def test_what_is_no_tensor_is_one_error(value):
+    with pytest.raises(CalibrationError, match="calibration batch 0: x: no tensor can be made of it") as caught:
+        load_calibration([{"x": value}], mlp_graph(), TinyMlp(), 8)
+    assert "\n" not in str(caught.value)

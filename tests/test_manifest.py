@@ -59,9 +59,14 @@ def test_what_is_written_is_read_back(tmp_path):
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\\"), min_size=1, max_size=8)
 files = names.filter(lambda name: not name.startswith("/") and ".." not in name.split("/"))
+SIZES = ("batch", "sequence", "Länge")
 specs = st.builds(
-    TensorSpec, names, st.sampled_from(DTYPES), st.lists(st.one_of(st.integers(0, 99), names), max_size=3).map(tuple)
+    TensorSpec,
+    names,
+    st.sampled_from(DTYPES),
+    st.lists(st.integers(0, 99) | st.sampled_from([*SIZES, "2*batch", "sequence + 1"]), max_size=3).map(tuple),
 )
+ranges = st.builds(DimRange, st.integers(0, 9), st.none() | st.integers(9, 99))
 manifests = st.builds(
     Manifest,
     target=names,
@@ -69,8 +74,9 @@ manifests = st.builds(
     model=names,
     entry=st.dictionaries(names, files, max_size=2),
     inputs=st.lists(specs, max_size=2).map(tuple),
-    outputs=st.lists(specs, max_size=2).map(tuple),
-    dims=st.dictionaries(names, st.builds(DimRange, st.integers(0, 9), st.none() | st.integers(9, 99)), max_size=2),
+    outputs=st.lists(specs, min_size=1, max_size=2).map(tuple),
+    # A dynamic size in a shape is one of dims, or an expression.
+    dims=st.fixed_dictionaries(dict.fromkeys(SIZES, ranges)),
     tolerance=st.floats(0, 1),
     tools=st.dictionaries(names, names, max_size=2),
     verification=st.lists(
@@ -115,7 +121,19 @@ def test_bytes_that_are_no_text_are_no_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [[], '"text"', 3, None, {}, {"format": FORMAT + 1}, {"format": "1"}, {"format": None}]
+    "other",
+    [
+        [],
+        '"text"',
+        3,
+        None,
+        {},
+        {"format": FORMAT + 1},
+        {"format": "1"},
+        {"format": None},
+        {"format": True},
+        {"format": 1.0},
+    ],
 )
 def test_another_format_is_refused_before_it_is_read(tmp_path, other):
     with pytest.raises(ArtifactError, match=rf"unknown artifact format.*wanted {FORMAT}"):
@@ -166,6 +184,14 @@ def put(held, path, value):
         (["tolerance"], float("nan")),
         (["tolerance"], float("inf")),
         (["tolerance"], 10**400),
+        (["tolerance"], True),
+        (["tolerance"], -1e-3),
+        (["tolerance"], None),
+        (["dims", "sequence", "min"], 513),
+        (["dims"], {"batch": {"min": 1, "max": None}}),
+        (["inputs", 0, "shape", 1], "length"),
+        (["outputs", 0, "shape", 1], "length"),
+        (["outputs"], []),
         (["tools"], None),
         (["tools", "torch"], 2),
         (["verification"], 3),

@@ -67,12 +67,18 @@ tril = lambda s: torch.ones(s, s, dtype=torch.bool).tril()
     ("make", "meaning"),
     [
         (lambda self, mask, s: (mask != 0)[:, None, None, :], MaskMeaning("none", "mask")),
-        (lambda self, mask, s: (mask == 0)[:, None, None, :], MaskMeaning("none", "mask", inverted=True)),
+        (lambda self, mask, s: (mask == 0)[:, None, None, :], MaskMeaning("none", "mask", ("eq", 0))),
+        (lambda self, mask, s: (mask == 1)[:, None, None, :], MaskMeaning("none", "mask", ("eq", 1))),
+        (lambda self, mask, s: mask[:, None, None, :] > 1, MaskMeaning("none", "mask", ("gt", 1))),
+        (lambda self, mask, s: (mask != 3)[:, None, None, :], MaskMeaning("none", "mask", ("ne", 3))),
         (
             lambda self, mask, s: (1.0 - mask[:, None, None, :].float()) * torch.finfo(torch.float32).min,
-            MaskMeaning("none", "mask"),
+            MaskMeaning("none", "mask", ("gt", 0)),
         ),
-        (lambda self, mask, s: (1.0 - mask[:, None, None, :].float()) * -10000.0, MaskMeaning("none", "mask")),
+        (
+            lambda self, mask, s: (1.0 - mask[:, None, None, :].float()) * -10000.0,
+            MaskMeaning("none", "mask", ("gt", 0)),
+        ),
         (lambda self, mask, s: tril(s)[None, None], MaskMeaning("top_left")),
         (lambda self, mask, s: tril(s) & (mask != 0)[:, None, None, :], MaskMeaning("top_left", "mask")),
         (lambda self, mask, s: torch.ones(1, 1, s, s, dtype=torch.bool), MaskMeaning()),
@@ -86,7 +92,19 @@ def test_hand_written_masks(make, meaning):
     ("make", "why"),
     [
         (lambda self, mask, s: self.bias[:s, :s][None, None], "depends on the weight bias"),
-        (lambda self, mask, s: mask[:, None, None, :] > 1, "no product of causal and key padding"),
+        (lambda self, mask, s: (mask % 2 == 1)[:, None, None, :], "no product of causal and key padding"),
+        (
+            lambda self, mask, s: (torch.arange(s) < mask.sum(1, keepdim=True))[:, None, None, :],
+            "no product of causal and key padding",
+        ),
+        (
+            lambda self, mask, s: ((torch.arange(s)[:, None] - torch.arange(s)).abs().float() < 300.0)[None, None],
+            "no product of causal and key padding",
+        ),
+        (
+            lambda self, mask, s: ((torch.arange(s)[:, None] // 100 - torch.arange(s) // 100).abs() < 4)[None, None],
+            "no product of causal and key padding",
+        ),
         (lambda self, mask, s: tril(s).triu(-3)[None, None], "no product of causal and key padding"),
         (
             lambda self, mask, s: -0.5 * (torch.arange(s)[:, None] - torch.arange(s)).abs()[None, None].float(),

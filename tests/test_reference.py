@@ -10,8 +10,8 @@ import torch
 from checks import TinyMlp, emit, mlp_graph, randomise
 from tilecut_passes.capture import capture
 from tilecut_runtime.errors import ArtifactError
-from tilecut_runtime.manifest import Manifest, list_files
-from tilecut_runtime.reference import Case, read_cases, verify_on_device, write_cases
+from tilecut_runtime.manifest import Manifest, TensorSpec, list_files
+from tilecut_runtime.reference import SMALL, Case, read_cases, verify_on_device, write_cases
 from tilecut_targets.edge.target import EdgeTarget
 
 
@@ -25,8 +25,20 @@ def test_the_error_is_the_largest_difference_relative_to_the_largest_magnitude()
     assert case([100.0, -200.0]).error({"y": np.array([101.0, -200.0])}) == pytest.approx(0.005)
 
 
-def test_small_outputs_are_compared_absolutely():
-    assert case([0.01, 0.02]).error({"y": np.array([0.01, 0.03])}) == pytest.approx(0.01)
+def test_outputs_of_next_to_nothing_are_compared_absolutely():
+    assert case([0.01, 0.02]).error({"y": np.array([0.01, 0.03])}) == pytest.approx(0.5)
+    assert case([1e-9, 2e-9]).error({"y": np.array([1e-9, 3e-9])}) == pytest.approx(1e-9 / SMALL)
+
+
+LEAST = float(np.finfo(np.float32).min)
+
+
+def test_a_number_that_stands_for_infinity_hides_no_other_error():
+    assert case([LEAST, 1.0, 2.0]).error({"y": np.array([LEAST, 1.0, 2.5])}) == pytest.approx(0.25)
+    assert case([LEAST, 2.0]).error({"y": np.array([LEAST * 0.9, 2.0])}) == pytest.approx(0.1)
+    assert case([LEAST, LEAST]).error({"y": np.array([LEAST, 3.0])}) == pytest.approx(1.0)
+    assert case([-math.inf, 2.0]).error({"y": np.array([-math.inf, 2.0])}) == 0
+    assert case([-math.inf, 2.0]).error({"y": np.array([3.0, 2.0])}) == math.inf
 
 
 def test_equal_outputs_have_no_error_and_empty_ones_neither():
@@ -97,7 +109,8 @@ def test_cases_are_read_back_as_they_were_written(artifact):
 def test_names_with_colons_and_many_cases_keep_their_parts(tmp_path):
     rows = {"model.layers:0": np.arange(3.0)}
     write_cases([Case(rows, rows, {"model.layers:0": np.ones(3, bool)})] * 11, tmp_path)
-    manifest = Manifest("edge", "onnxruntime", "M", {}, (), (), files=list_files(tmp_path))
+    specs = (TensorSpec("model.layers:0", "float64", (3,)),)
+    manifest = Manifest("edge", "onnxruntime", "M", {}, specs, specs, files=list_files(tmp_path))
     read = read_cases(tmp_path, manifest)
     assert len(read) == 11
     assert all(list(c.inputs) == ["model.layers:0"] == list(c.valid) for c in read)
@@ -122,7 +135,7 @@ def test_a_missing_or_altered_case_is_found(folder):
 
 def test_a_case_with_a_pickle_in_it_is_not_loaded(folder):
     np.savez(folder / "ref" / "case_0.npz", **{"inputs:x": np.array([{"a": 1}], dtype=object)})
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ArtifactError, match="allow_pickle=False"):
         read_cases(folder, relist(folder))
 
 
@@ -160,3 +173,43 @@ def test_an_altered_file_stops_verification(folder):
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ArtifactError, match="another size"):
         verify_on_device(folder)
+
+
+def stored(**arrays):
+    def write(path):
+        np.savez(path, **arrays)
+
+    return write
+
+
+def flipped(path):
+    """One bit of an array's numbers changed: the zip's checksum says so."""
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+
+
+X, Y = {"inputs:x": np.ones((1, 12), np.float32)}, {"outputs:output": np.ones((1, 3), np.float32)}
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-40]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"junk"),
+        lambda path: np.save(path.open("wb"), np.ones(3)),
+        flipped,
+        stored(rows=np.ones(3)),
+        stored(**X, **Y),
+        stored(**X, **Y, **{"valid:output": np.ones(1)}),
+        stored(**X, **Y, **{"valid:output": np.ones(2, bool)}),
+        stored(**X, **{"outputs:other": np.ones(1), "valid:other": np.ones(1, bool)}),
+    ],
+    ids=["truncated", "empty", "junk", "npy", "checksum", "parts", "no rows", "numbers", "other rows", "other names"],
+)
+def test_a_forged_case_whose_hash_fits_is_one_error(forge, folder):
+    forge(folder / "ref" / "case_0.npz")
+    with pytest.raises(ArtifactError, match=r"case_0\.npz: not a reference case") as caught:
+        read_cases(folder, relist(folder))
+    assert "\n" not in str(caught.value)

@@ -194,7 +194,7 @@ def test_inputs_are_a_mapping(session, inputs):
         session.run(inputs)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", float("nan")])
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", float("nan"), True, 1025, 2**40])
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_threads_are_a_positive_integer(artifacts, runtime, threads):
     with pytest.raises(InputError, match="threads must be a positive integer or None"):
@@ -353,3 +353,47 @@ def test_an_edge_artifact_needs_no_torch(artifacts):
         env={"PYTHONPATH": str(ROOT / "runtime")}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.stdout.strip(), done.returncode) == ("['gated', 'mixed']", 0), done.stderr
+
+
+@pytest.mark.parametrize("path", [None, 3, b"..", "a\0b", "n" * 300])
+def test_what_is_no_path_is_no_artifact(path):
+    with pytest.raises(ArtifactError, match="artifact"):
+        load(path)
+
+
+class Lookup(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table(ids)
+
+
+@pytest.mark.parametrize(("target", "device"), [(EdgeTarget(), None), (CudaTarget(), "cpu")])
+def test_numbers_that_the_model_cannot_take_are_an_input_error_and_nothing_is_logged(target, device, tmp_path, capfd):
+    graph = capture(randomise(Lookup()), {"ids": torch.ones(2, 3, dtype=torch.int64)})
+    session = load(emit(target, graph, tmp_path / "a").folder, device)
+    capfd.readouterr()
+    with pytest.raises(InputError, match=r"cannot run the model on these inputs: .*(index|indices)") as caught:
+        session.run({"ids": np.full((2, 3), 9)})
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    assert session.run({"ids": np.full((2, 3), 8)})["output"].shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("part", ["inputs", "outputs"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows[:-1],
+        lambda rows: [{**rows[0], "name": "z"}, *rows[1:]],
+        lambda rows: [{**rows[0], "shape": [3]}],
+    ],
+    ids=["missing", "renamed", "another rank"],
+)
+def test_a_model_with_other_inputs_or_outputs_than_the_manifests_is_refused(copied, part, change):
+    folder = copied("onnxruntime")
+    rows = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))[part]
+    with pytest.raises(ArtifactError, match=f"the model has other {part} than the manifest says"):
+        load(edited(folder, **{part: change(rows)}))

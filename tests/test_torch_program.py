@@ -2,11 +2,12 @@
 
 import json
 import zipfile
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import fx, nn
 
 from checks import ROOT, randomise
 from tilecut_passes.capture import capture
@@ -135,6 +136,17 @@ def test_weights_that_the_graph_does_not_read_are_ignored(program, saved):
     assert set(tensors_of(read_program(saved / "model.pt2", saved / WEIGHTS))) == set(tensors_of(program))
 
 
+def test_tensors_outside_the_state_dict_travel_with_the_weights(tmp_path):
+    model, x = randomise(Model()), inputs()
+    program = torch.export.export(model, (), x)
+    assert "table" not in model.state_dict() and "table" in tensors_of(program)
+    save_program(program, tmp_path / "model.pt2")
+    save_file({k: v.contiguous() for k, v in tensors_of(program).items()}, tmp_path / WEIGHTS)
+    assert pickles(tmp_path / "model.pt2") == []
+    module = read_program(tmp_path / "model.pt2", tmp_path / WEIGHTS).module()
+    torch.testing.assert_close(module(**x), model(**x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_program_without_its_weights_raises(saved):
     module = torch.export.load(saved / "model.pt2").module()
     with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
@@ -185,6 +197,8 @@ def test_a_program_moves_whole_to_another_device(saved):
     module = open_program(saved, manifest, "model", "meta")
     out = module(**{k: v.to("meta") for k, v in inputs(3, 5).items()})["output"]
     assert out.is_meta and out.shape == (3, 5, 8)
+    made_inside = [n.kwargs["device"] for n in cast(fx.GraphModule, module).graph.nodes if n.kwargs.get("device")]
+    assert made_inside and {str(device) for device in made_inside} == {"meta"}
 
 
 def forged(source, to, entry, content):
@@ -230,3 +244,23 @@ def test_a_file_that_is_no_archive(saved):
     (saved / "text.pt2").write_text("not a zip")
     with pytest.raises(ArtifactError, match="not a torch.export archive"):
         read_program(saved / "text.pt2", saved / WEIGHTS)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 64])
+def test_weights_that_are_no_safetensors(content, saved):
+    (saved / WEIGHTS).write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: safetensors cannot read it"):
+        read_program(saved / "model.pt2", saved / WEIGHTS)
+
+
+def test_truncated_weights(saved):
+    (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:-7])
+    with pytest.raises(ArtifactError, match="safetensors cannot read it"):
+        read_program(saved / "model.pt2", saved / WEIGHTS)
+
+
+def test_a_graph_that_torch_cannot_read(saved):
+    path = forged(saved / "model.pt2", saved / "forged.pt2", "models/model.json", "{}")
+    with pytest.raises(ArtifactError, match=r"forged\.pt2: torch cannot read it") as caught:
+        read_program(path, saved / WEIGHTS)
+    assert "\n" not in str(caught.value)

@@ -1,7 +1,7 @@
 """Calibration batches as the passes see them: tensors by input name, labels apart, padded positions known.
 
 A batch is a dict of tensors named like the graph's inputs; `labels`, when there, are taken out of it. Positions that
-`attention_mask` marks 0 are padding: they neither count in a loss nor in a least-squares fit.
+`attention_mask` (see `Batch.mask`) marks 0 are padding: they neither count in a loss nor in a least-squares fit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from torch import Tensor
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import CalibrationError
 
-MASK_INPUT = "attention_mask"
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -26,10 +24,16 @@ class Batch:
     inputs: dict[str, Tensor]
     labels: Tensor | None = None
 
+    @property
+    def mask(self) -> Tensor | None:
+        """The input that marks padding with 0: `attention_mask`, else the only one of rank 2 with "mask" in its name."""
+        named = {k: v for k, v in self.inputs.items() if "mask" in k and v.ndim == 2 and not v.is_floating_point()}
+        return named.get("attention_mask", next(iter(named.values())) if len(named) == 1 else None)
+
     def valid(self, like: Tensor) -> Tensor | None:
         """Bool over the leading dimensions of `like` that are [batch, sequence]: True for real positions; or None."""
-        mask = self.inputs.get(MASK_INPUT)
-        if mask is None or mask.ndim != 2:
+        mask = self.mask
+        if mask is None:
             return None
         if like.ndim >= 2 and tuple(like.shape[:2]) == tuple(mask.shape):
             return mask != 0
@@ -41,6 +45,16 @@ class Batch:
         """The real positions of an activation as rows [N, last dimension]."""
         valid = self.valid(value)
         return value[valid].reshape(-1, value.shape[-1]) if valid is not None else value.reshape(-1, value.shape[-1])
+
+
+def _tensor(value: Any, where: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    # torch raises one or the other for objects, ragged lists, dtypes that it lacks and numbers too large.
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
+        raise CalibrationError(
+            where, f"no tensor can be made of it ({str(e).partition(chr(10))[0]})", got=type(value).__name__
+        ) from e
 
 
 def check_batches(graph: Graph, batches: Iterable[Mapping[str, Any]]) -> list[Batch]:
@@ -69,7 +83,7 @@ def check_batches(graph: Graph, batches: Iterable[Mapping[str, Any]]) -> list[Ba
                 got=type(raw).__name__,
                 wanted="{" + ", ".join(s.name for s in specs) + "}",
             )
-        held = {str(k): torch.as_tensor(v) for k, v in raw.items()}
+        held = {str(k): _tensor(v, f"{where}: {k}") for k, v in raw.items()}
         labels = held.pop("labels", None)
         sizes: dict[str, int] = {}
         inputs = {}

@@ -34,6 +34,9 @@ from tilecut_passes.unlift_program import unlift_program
 from tilecut_runtime.errors import CaptureError
 from tilecut_runtime.manifest import DimRange
 
+# Composite ops that run_decompositions writes in terms of others.
+SPELLED_OUT = (torch.ops.aten.einsum.default, torch.ops.aten.tensordot.default, torch.ops.aten.bilinear.default)
+
 log = logging.getLogger("tilecut.capture")
 
 
@@ -50,6 +53,8 @@ def capture(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Dynami
     """
     if not isinstance(model, nn.Module):
         raise CaptureError("capture", "not a PyTorch model", got=type(model).__name__, wanted="an nn.Module")
+    if example_inputs is None and dynamic_shapes is not None:
+        raise CaptureError(type(model).__name__, "dynamic_shapes without example_inputs", fix="give both, or neither")
     example = (
         inputs_from_config(model)
         if example_inputs is None
@@ -108,7 +113,7 @@ def _export(model: nn.Module, example: ExampleInputs) -> tuple[ExportedProgram, 
     for remedy, shapes in ((None, named), ("dynamic sizes left to torch (Dim.AUTO)", free)):
         try:
             program = torch.export.export(model, (), kwargs, dynamic_shapes={**shapes, **constants}, strict=False)
-            if not _is_functional(program):
+            if not _is_canonical(program):
                 program = program.run_decompositions({})
         # torch.export raises whatever the model's own code raises.
         except Exception as e:
@@ -120,11 +125,14 @@ def _export(model: nn.Module, example: ExampleInputs) -> tuple[ExportedProgram, 
     raise _capture_error(model, failure) from failure
 
 
-def _is_functional(program: ExportedProgram) -> bool:
-    """Whether no op writes in place and no sub-graph is called; tracing a program again to make it so takes seconds."""
+def _is_canonical(program: ExportedProgram) -> bool:
+    """Whether no op writes in place, no sub-graph is called, and no op is spelled in a language of its own.
+
+    Tracing a program again to make it so takes seconds.
+    """
     calls = [n.target for n in program.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
     return all(
-        not op._schema.is_mutable
+        not op._schema.is_mutable and op not in SPELLED_OUT
         if isinstance(op, torch._ops.OpOverload)
         else getattr(op, "__module__", "") == "_operator"
         for op in calls
@@ -197,5 +205,7 @@ def _dims(
             if limits is None or not isinstance(limits.upper, int | sympy.Integer) or limits.upper > 1 << 40
             else int(limits.upper)
         )
-        ranges[name] = DimRange(1, upper)
+        # torch never says less than 2, because it takes 0 and 1 for constants; more is the model's own demand.
+        lower = int(limits.lower) if limits is not None and isinstance(limits.lower, int | sympy.Integer) else 1
+        ranges[name] = DimRange(lower if lower > 2 else 1, upper)
     return dims, ranges

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
+import sympy
 import torch
 
 from tilecut_passes.axes.axis import Axis
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
-from tilecut_passes.graph import Graph, arguments, is_call, number_of
+from tilecut_passes.graph import Graph, Size, arguments, is_call, number_of
 
 aten = torch.ops.aten
 
@@ -40,7 +42,8 @@ class MacCounter:
     def __init__(self, axes: Axes, groups: list[Group], at: Mapping[str, int]):
         self.terms = mac_terms(axes)
         self.leaf_of = {g.name: g.axis for g in groups}
-        self.at = {symbol: at.get(name, at.get("sequence", 128)) for symbol, name in axes.graph.dims.items()}
+        self.sequence = at.get("sequence", 128)
+        self.at = {symbol: at.get(name, self.sequence) for symbol, name in axes.graph.dims.items()}
         self._cache: dict[tuple[str, ...], list[MacTerm]] = {}
 
     def total(self, counts: Mapping[str, int] | None = None) -> int:
@@ -82,10 +85,17 @@ class MacCounter:
     def _size(self, axis: Axis, counts: dict[Axis, int]) -> int:
         axis = axis.root
         if axis.is_leaf:
-            return counts[axis] if axis in counts else number_of(axis.size, self.at)
+            return counts[axis] if axis in counts else self._number(axis.size)
         if axis.is_concat:
             return sum(self._size(p, counts) for p in axis.pieces)
         return math.prod(self._size(f, counts) for f in axis.factors)
+
+    def _number(self, size: Size) -> int:
+        """A size as a number; one that data decide counts like a sequence."""
+        if isinstance(size, int):
+            return size
+        unknown = dict.fromkeys(cast(set[sympy.Symbol], size.free_symbols) - self.at.keys(), self.sequence)
+        return number_of(size, {**self.at, **unknown})
 
 
 def mac_terms(axes: Axes) -> list[MacTerm]:

@@ -120,7 +120,21 @@ def inputs_from_caller(model: nn.Module, example: Any, dynamic: DynamicDims | No
             got=", ".join(unknown),
             wanted=", ".join(tensors),
         )
+    else:
+        dynamic = {k: _checked_dims(f"{name}: dynamic_shapes of {k}", v, tensors[k]) for k, v in dynamic.items()}
     return ExampleInputs({k: _at_least_two(v, dynamic.get(k, {})) for k, v in tensors.items()}, constants, dynamic)
+
+
+def _checked_dims(where: str, dims: Any, tensor: Tensor) -> dict[int, str]:
+    """Dimension -> name, dimensions counted from the front."""
+    if not isinstance(dims, dict):
+        raise CaptureError(where, "not a dict of dimension to name", got=type(dims).__name__)
+    for dim, size in dims.items():
+        if not isinstance(dim, int) or not -tensor.ndim <= dim < tensor.ndim:
+            raise CaptureError(where, "no such dimension", got=repr(dim), wanted=f"0 to {tensor.ndim - 1}")
+        if not isinstance(size, str) or not size.isidentifier():
+            raise CaptureError(where, "a size's name is no identifier", got=repr(size), wanted="e.g. 'batch'")
+    return {dim % tensor.ndim: size for dim, size in dims.items()}
 
 
 def _guess_dynamic(tensors: dict[str, Tensor]) -> DynamicDims:

@@ -58,7 +58,7 @@ class FuseAttention:
     def __call__(self, graph: Graph) -> int:
         """Fuse in place; returns the number of attentions."""
         meanings: dict[fx.Node, MaskMeaning | str] = {}
-        paddings: dict[tuple[str, bool], fx.Node] = {}
+        paddings: dict[tuple[str, tuple[str, int]], fx.Node] = {}
         count = 0
         for node in list(graph.nodes):
             found = self.match(node)
@@ -88,7 +88,7 @@ def _fused(
     node: fx.Node,
     found: Attention,
     meanings: dict[fx.Node, MaskMeaning | str],
-    paddings: dict[tuple[str, bool], fx.Node],
+    paddings: dict[tuple[str, tuple[str, int]], fx.Node],
 ) -> fx.Node:
     key_padding: Any = None
     bias: Any = None
@@ -137,12 +137,13 @@ def _as_bias(graph: Graph, node: fx.Node, found: Attention) -> fx.Node:
         return mask
 
 
-def _key_padding(graph: Graph, meaning: MaskMeaning, made: dict[tuple[str, bool], fx.Node]) -> fx.Node:
-    """One bool [B, Sk] node for each input and sense, at the top of the graph."""
+def _key_padding(graph: Graph, meaning: MaskMeaning, made: dict[tuple[str, tuple[str, int]], fx.Node]) -> fx.Node:
+    """One bool [B, Sk] node for each input and predicate, at the top of the graph."""
     assert meaning.padding is not None
-    key = (meaning.padding, meaning.inverted)
+    key = (meaning.padding, meaning.keep)
     if key not in made:
         source = graph.input_node(meaning.padding)
         with calls_before(graph, graph.first_call()) as call:
-            made[key] = call(aten.eq.Scalar if meaning.inverted else aten.ne.Scalar, source, 0)
+            test, literal = meaning.keep
+            made[key] = call(getattr(aten, test).Scalar, source, literal)
     return made[key]

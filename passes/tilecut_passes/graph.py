@@ -126,6 +126,16 @@ class Graph:
             list(self.refusals),
         )
 
+    def in_double(self) -> Graph:
+        """A copy with float64 tensors, to tell rounding from mistakes; floating inputs must be float64 then."""
+        wide = self.copy()
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point():
+                double = tensor.detach().double()
+                wide.set_tensor(name, nn.Parameter(double) if isinstance(tensor, nn.Parameter) else double)
+        wide.module.recompile()
+        return wide
+
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Execute the graph; no gradients unless the caller enabled them around `differentiable`."""
         with torch.no_grad():

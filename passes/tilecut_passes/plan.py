@@ -152,7 +152,7 @@ class PrunePlan:
             held = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as e:
             raise PlanError(str(path), f"cannot be read ({e.strerror})") from e
-        except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        except (ValueError, RecursionError) as e:
             raise PlanError(str(path), f"not valid JSON ({e})") from e
         return PrunePlan.from_json(held, str(path))
 
@@ -194,7 +194,7 @@ class PrunePlan:
                 dict(held.get("at", {})),
                 tuple(Frozen(str(f["name"]), str(f["why"])) for f in held.get("frozen", [])),
             )
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise PlanError(where, f"malformed plan ({type(e).__name__}: {e})") from e
         for g in plan.groups:
             _check_units(g)

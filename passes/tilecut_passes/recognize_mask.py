@@ -1,11 +1,13 @@
 """What an attention mask means: evaluate its sub-graph on probes and compare with hypotheses.
 
 A mask is a cone of graph nodes that ends in sizes, buffers and small integer inputs such as `attention_mask`. It is
-evaluated at several sizes (all different, the smallest, and sizes beyond every integer literal in the cone) on inputs
-that are all ones, padded left, padded right and full of holes. The hypotheses are products of
+evaluated at several sizes (all different, the smallest, the longest, and sizes beyond every literal in the cone and
+beyond products of two) on inputs that are all ones, padded left, padded right, full of holes, and of values around
+every literal. The hypotheses are products of
 
     causal       none, top-left or bottom-right
-    key padding  none, or one of the rank-2 inputs: keys where it is non-zero (or zero) are seen
+    key padding  none, or one of the rank-2 inputs compared with a literal: keys where `input != 0`, `input == 1`, .. are
+                 seen
 
 and one is the meaning when it equals the mask on every probe. This is evidence, not proof: the compile's own parity
 check on whole models stands behind it. A mask without a meaning is kept as a tensor.
@@ -13,7 +15,8 @@ check on whole models stands behind it. A mask without a meaning is kept as a te
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,18 +26,23 @@ from tilecut_passes.graph import Graph, Size, execute, map_nodes, number_of, siz
 
 aten = torch.ops.aten
 
+PREDICATES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "ne": torch.ne, "eq": torch.eq, "gt": torch.gt, "ge": torch.ge, "lt": torch.lt, "le": torch.le,
+}  # fmt: skip
 # Additive masks write "masked" as -1e4, a dtype's lowest number, sums of two of those, or -inf.
 MASKED = -9.9e3
 LARGEST_PROBE = 4096
+# How long the longest probe is where the model sets no limit.
+LONG = 1024
 
 
 @dataclass(frozen=True)
 class MaskMeaning:
-    """`causal` as the attention op spells it; `padding` names an input, `inverted` when its zeros are the keys to see."""
+    """`causal` as the attention op spells it; keys where `padding`, an input, is `keep` (as in ("ne", 0)) are seen."""
 
     causal: str = "none"
     padding: str | None = None
-    inverted: bool = False
+    keep: tuple[str, int] = ("ne", 0)
 
 
 def recognize_mask(graph: Graph, mask: fx.Node, query: fx.Node, key: fx.Node) -> MaskMeaning | str:
@@ -62,26 +70,30 @@ def recognize_mask(graph: Graph, mask: fx.Node, query: fx.Node, key: fx.Node) ->
     sizes = _probe_sizes(graph, cone)
     if isinstance(sizes, str):
         return sizes
-    observed = []
+    literals = {0, 1, *(x for x in _literals(cone) if isinstance(x, int) and abs(x) < 1 << 31)}
+    values = sorted({-1, 2, *(x + d for x in literals for d in (-1, 0, 1))})
+    candidates = [
+        MaskMeaning(causal, padding, keep)
+        for padding, keep in [
+            (None, ("ne", 0)),
+            *((name, (test, x)) for name in inputs for x in sorted(literals, key=abs) for test in PREDICATES),
+        ]
+        for causal in ("none", "top_left", "bottom_right")
+    ]
     for size in sizes:
-        for style in ("ones", "left", "right", "holes"):
-            probe = _probe(graph, inputs, size, style)
+        sq, sk = _length(graph, query, size), _length(graph, key, size)
+        for style in ("ones", "left", "right", "holes", "values"):
+            probe = _probe(graph, inputs, size, style, values)
             try:
-                visible = _visible(_evaluate(graph, cone, mask, probe))
+                visible = _visible(_evaluate(graph, cone, mask, probe), any_bias=style == "values")
             except (RuntimeError, IndexError, TypeError, ValueError) as e:
                 return f"its sub-graph cannot be evaluated alone ({type(e).__name__})"
             if isinstance(visible, str):
                 return visible
-            observed.append((probe, visible, _length(graph, query, size), _length(graph, key, size)))
-    candidates = [
-        MaskMeaning(causal, padding, inverted)
-        for padding, inverted in [(None, False), *((name, flip) for name in inputs for flip in (False, True))]
-        for causal in ("none", "top_left", "bottom_right")
-    ]
-    for meaning in candidates:
-        if all(_fits(meaning, *row) for row in observed):
-            return meaning
-    return "no product of causal and key padding equals it"
+            candidates = [meaning for meaning in candidates if _fits(meaning, probe, visible, sq, sk)]
+            if not candidates:
+                return "no product of causal and key padding equals it"
+    return candidates[0]
 
 
 def _cone(root: fx.Node) -> list[fx.Node]:
@@ -96,29 +108,39 @@ def _cone(root: fx.Node) -> list[fx.Node]:
     return [n for n in root.graph.nodes if n in seen]
 
 
-def _probe_sizes(graph: Graph, cone: list[fx.Node]) -> list[dict[str, int]] | str:
-    """Sizes for every named dimension: distinct primes twice, the smallest, and beyond each literal that can be reached."""
-    names = list(graph.dims.values())
-    literals = {
-        abs(a)
+def _literals(cone: list[fx.Node]) -> set[int | float]:
+    """Numbers written into the cone's calls."""
+    return {
+        a
         for n in cone
         if n.op == "call_function"
         for a in (*n.args, *n.kwargs.values())
-        if isinstance(a, int) and not isinstance(a, bool)
+        if isinstance(a, int | float) and not isinstance(a, bool)
     }
+
+
+def _probe_sizes(graph: Graph, cone: list[fx.Node]) -> list[dict[str, int]] | str:
+    """Sizes for every dimension: primes twice, the smallest, the longest, and beyond each literal that can be reached."""
+    names = list(graph.dims.values())
     longest = max((graph.ranges[d].max or 1 << 40 for d in names if d in graph.ranges), default=1 << 40)
-    reached = [x for x in literals if 1 < x <= longest]
-    if reached and max(reached) > LARGEST_PROBE:
-        return f"its literal {max(reached)} is too large to probe"
+    # A negative float is what masked scores are filled with.
+    written = [x for x in _literals(cone) if isinstance(x, int) or x > 0]
+    literals = {math.ceil(abs(x)) for x in written if abs(x) <= longest}
+    if literals and max(literals) > LARGEST_PROBE:
+        return f"its literal {max(literals)} is too large to probe"
+    products = {a * b for a in literals for b in literals}
+    reached = [x for x in literals | {x for x in products if x <= LARGEST_PROBE // 2} if 1 < x <= longest]
     primes = [2, 7, 11, 5, 13, 3, 17]
     rows = [
         [primes[i % 7] for i in range(len(names))],
         [3 if i == 0 else primes[-1 - i % 7] for i in range(len(names))],
         [1] * len(names),
+        [2 if i == 0 else min(LONG, longest) for i in range(len(names))],
     ]
     if reached:
         rows.append([2 if i == 0 else min(max(reached) + 3 + 2 * i, longest) for i in range(len(names))])
-        rows.append([2 if i == 0 else min(2 * max(reached) + 5 + 2 * i, longest) for i in range(len(names))])
+        if 2 * max(reached) < LARGEST_PROBE:
+            rows.append([2 if i == 0 else min(2 * max(reached) + 5 + 2 * i, longest) for i in range(len(names))])
     return [dict(zip(names, row)) for row in rows]
 
 
@@ -130,7 +152,7 @@ def _length(graph: Graph, node: fx.Node, at: Mapping[str, int]) -> int:
     return _number(graph, sizes_of(value_of(node))[-2], at)
 
 
-def _probe(graph: Graph, inputs: list[str], at: Mapping[str, int], style: str) -> dict[str, Tensor]:
+def _probe(graph: Graph, inputs: list[str], at: Mapping[str, int], style: str, values: list[int]) -> dict[str, Tensor]:
     """Real tensors for every input of the graph: the mask's own in the given style, the others zeros of the right shape."""
     generator = torch.Generator().manual_seed(7)
     out = {}
@@ -146,6 +168,7 @@ def _probe(graph: Graph, inputs: list[str], at: Mapping[str, int], style: str) -
             "right": ramp < edge,
             "left": ramp >= edge,
             "holes": torch.rand(shape, generator=generator) < 0.6,
+            "values": torch.tensor(values)[torch.randint(0, len(values), shape, generator=generator)],
         }[style]
         out[name] = value.to(value_of(node).dtype)
     return out
@@ -175,15 +198,19 @@ def _evaluate(graph: Graph, cone: list[fx.Node], root: fx.Node, inputs: Mapping[
     return result
 
 
-def _visible(mask: Tensor) -> Tensor | str:
-    """Bool [B|1, 1, Sq, Sk] of the pairs that a mask lets through."""
+def _visible(mask: Tensor, any_bias: bool) -> Tensor | str:
+    """[B|1, 1, Sq, Sk]: 1 for pairs that a mask lets through, 0 for others.
+
+    A bias on visible pairs is no mask. With `any_bias` it is -1 instead: (1 - mask) * min means nothing for a mask of 2.
+    """
     if mask.ndim != 4:
         return f"it has rank {mask.ndim}, wanted 4"
     if mask.dtype != torch.bool:
-        visible = mask > MASKED
-        if (mask[visible] != 0).any():
+        biased = ~((mask == 0) | (mask <= MASKED))
+        if biased.any() and not any_bias:
             return "it adds a bias to visible scores"
-        mask = visible
+        mask = torch.where(biased, -1, (mask == 0).to(torch.int8))
+    mask = mask.to(torch.int8)
     if mask.shape[1] != 1:
         if not (mask == mask[:, :1]).all():
             return "it differs between heads"
@@ -199,9 +226,10 @@ def _fits(meaning: MaskMeaning, inputs: Mapping[str, Tensor], visible: Tensor, s
         padding = inputs[meaning.padding]
         if padding.shape[1] != sk:
             return False
-        want = want & ((padding == 0) if meaning.inverted else (padding != 0))[:, None, None, :]
+        test, literal = meaning.keep
+        want = want & PREDICATES[test](padding, literal)[:, None, None, :]
     try:
         a, b = torch.broadcast_tensors(want, visible)
     except RuntimeError:
         return False
-    return bool((a == b).all())
+    return bool(((a == b) | (b < 0)).all())

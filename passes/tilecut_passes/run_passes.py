@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import VerificationError
+from tilecut_runtime.reference import scaled_error
 
 log = logging.getLogger("tilecut.passes")
 
@@ -77,7 +78,7 @@ def run_passes(
 
 
 def largest_error(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> float:
-    """The largest difference of any floating output, relative to that output's largest magnitude; inf for NaN or shape."""
+    """The largest difference of any output, each floating one as `scaled_error` sees it; inf for another shape."""
     worst = 0.0
     for name, a in want.items():
         b = got[name]
@@ -86,6 +87,5 @@ def largest_error(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> floa
         if not a.is_floating_point():
             worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
             continue
-        error = ((a - b).abs().max() / a.abs().max().clamp_min(1e-12)).item() if a.numel() else 0.0
-        worst = max(worst, error if error == error else float("inf"))
+        worst = max(worst, scaled_error(*(x.detach().double().cpu().numpy() for x in (a, b))))
     return worst

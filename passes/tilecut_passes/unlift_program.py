@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import cast
 
@@ -68,6 +69,10 @@ def unlift_program(program: ExportedProgram, name: str) -> Unlifted:
         else:
             raise CaptureError(name, f"input {node.name} of kind {spec.kind.name} is not supported")
     for node, target, value in tensors:
+        if hasattr(fx.GraphModule, taken := target.split(".")[0]):
+            raise CaptureError(
+                name, f"it calls a part {taken!r}, which torch.fx keeps for itself", got=target, fix="rename that part"
+            )
         place_tensor(root, target, value)
         made[node.name] = graph.get_attr(target)
         made[node.name].meta = dict(node.meta)
@@ -81,13 +86,15 @@ def unlift_program(program: ExportedProgram, name: str) -> Unlifted:
                 fix="export has left a sub-graph: avoid torch.cond and torch.no_grad blocks inside forward",
             )
         made[node.name] = graph.node_copy(node, lambda n: made[n.name])
-    outputs, returns, kept, notes = _outputs(program, name)
+    outputs, returns, kept, notes = _outputs(program, name, inputs)
     graph.output(tuple(made[n] for n in kept))
     module = fx.GraphModule(root, graph, class_name=name)
     return Unlifted(module, tuple(inputs), outputs, returns, {target: value for _, target, value in tensors}, notes)
 
 
-def _outputs(program: ExportedProgram, model: str) -> tuple[tuple[str, ...], Returns, list[str], list[str]]:
+def _outputs(
+    program: ExportedProgram, model: str, inputs: list[str]
+) -> tuple[tuple[str, ...], Returns, list[str], list[str]]:
     """Names of the tensor outputs, the structure they come in, their nodes, and a note for each that is dropped."""
     specs = program.graph_signature.output_specs
     spec = program.call_spec.out_spec
@@ -106,7 +113,12 @@ def _outputs(program: ExportedProgram, model: str) -> tuple[tuple[str, ...], Ret
         name = "_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in paths[i]) or "output"
         name = f"output_{name}" if name[0].isdigit() else name
         if isinstance(one.arg, TensorArgument):
-            names.append(name)
+            # An artifact's tensors have one name each.
+            candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+            free = next(n for n in candidates if n not in [*inputs, *names])
+            if free != name:
+                notes.append(f"capture: output {name} is called {free}, since another tensor has its name")
+            names.append(free)
             nodes.append(one.arg.name)
         elif not (isinstance(one.arg, ConstantArgument) and one.arg.value is None):
             notes.append(f"capture: output {name} is no tensor and was dropped")

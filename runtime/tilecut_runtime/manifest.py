@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -100,21 +101,22 @@ class Manifest:
         Raises:
             ArtifactError: the folder or its manifest is missing, unreadable, or of another format.
         """
+        if not isinstance(folder, str | Path):
+            raise ArtifactError("artifact", "not a path", got=type(folder).__name__, wanted="an artifact's folder")
         folder = Path(folder)
         path = folder / MANIFEST
-        if not folder.is_dir():
+        # Unlike Path's own, os.path's questions have an answer for names that are too long or hold a NUL.
+        if not os.path.isdir(folder):
             raise ArtifactError(
                 str(folder), "no such artifact folder", fix="give the folder that `tilecut compile` wrote"
             )
         if not path.is_file():
             raise ArtifactError(str(folder), f"not a tilecut artifact: it holds no {MANIFEST}")
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        # ValueError: bad UTF-8, bad JSON, an integer of thousands of digits; RecursionError: brackets without end.
-        except (ValueError, RecursionError) as e:
-            raise ArtifactError(str(path), f"not valid JSON ({e})", fix="compile the model again") from e
-        if not isinstance(held, dict) or held.get("format") != FORMAT:
-            got = held.get("format") if isinstance(held, dict) else type(held).__name__
+        held = read_json(path)
+        found = held.get("format") if isinstance(held, dict) else None
+        # True and 1.0 equal 1.
+        if type(found) is not int or found != FORMAT:
+            got = found if isinstance(held, dict) else type(held).__name__
             raise ArtifactError(
                 str(path),
                 "unknown artifact format",
@@ -172,6 +174,21 @@ class Manifest:
                 )
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file of an artifact holds.
+
+    Raises:
+        ArtifactError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ArtifactError(str(path), f"cannot be read ({e.strerror})") from e
+    # ValueError: bad UTF-8, bad JSON, an integer of thousands of digits; RecursionError: brackets without end.
+    except (ValueError, RecursionError) as e:
+        raise ArtifactError(str(path), f"not valid JSON ({e})", fix="compile the model again") from e
+
+
 def sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
@@ -220,20 +237,33 @@ def _parse(held: dict[str, Any]) -> Manifest:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name:
             raise ValueError(f"file name {name!r} leaves the artifact's folder")
-    if not math.isfinite(held["tolerance"]):
-        raise ValueError(f"tolerance is {held['tolerance']}")
+    tolerance = held["tolerance"]
+    if isinstance(tolerance, bool) or not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance is {tolerance}")
+    dims = {
+        k: DimRange(count(v["min"]), None if v["max"] is None else count(v["max"])) for k, v in held["dims"].items()
+    }
+    for name, limits in dims.items():
+        if limits.max is not None and limits.min > limits.max:
+            raise ValueError(f"{name} is at least {limits.min} and at most {limits.max}")
+    inputs, outputs = specs(held["inputs"]), specs(held["outputs"])
+    if not outputs:
+        raise ValueError("outputs is empty")
+    for spec in (*inputs, *outputs):
+        # What is no identifier is an expression of names, such as 2*batch.
+        for size in spec.shape:
+            if isinstance(size, str) and size.isidentifier() and size not in dims:
+                raise ValueError(f"{spec.name} has a dynamic size {size} that dims lacks")
     return Manifest(
         target=text(held["target"]),
         runtime=text(held["runtime"]),
         model=text(held["model"]),
         entry={k: text(v) for k, v in held["entry"].items()},
-        inputs=specs(held["inputs"]),
-        outputs=specs(held["outputs"]),
-        dims={
-            k: DimRange(count(v["min"]), None if v["max"] is None else count(v["max"])) for k, v in held["dims"].items()
-        },
+        inputs=inputs,
+        outputs=outputs,
+        dims=dims,
         returns=text(held["returns"]),
-        tolerance=float(held["tolerance"]),
+        tolerance=float(tolerance),
         tools={k: text(v) for k, v in held["tools"].items()},
         created=text(held["created"]),
         verification=tuple(rung(r) for r in held["verification"]),

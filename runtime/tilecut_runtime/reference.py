@@ -13,6 +13,8 @@ from tilecut_runtime.errors import ArtifactError
 from tilecut_runtime.manifest import Manifest, Rung
 
 FOLDER = "ref"
+# Larger numbers stand for infinity; outputs smaller than this are compared absolutely.
+HUGE, SMALL = 1e30, 1e-3
 Arrays = dict[str, np.ndarray]
 
 
@@ -25,7 +27,7 @@ class Case:
     valid: Arrays
 
     def error(self, got: Mapping[str, np.ndarray]) -> float:
-        """The largest difference on valid rows, relative to the output's largest magnitude (at least 1); inf for NaN."""
+        """The largest difference on valid rows, relative to the output's largest magnitude (see `scaled_error`)."""
         worst = 0.0
         for name, want in self.outputs.items():
             have = got[name]
@@ -33,15 +35,30 @@ class Case:
                 return math.inf
             rows = self.valid[name]
             a, b = want[rows].astype(np.float64), have[rows].astype(np.float64)
-            if a.size:
-                error = float(np.abs(a - b).max() / max(1.0, float(np.abs(a).max())))
-                worst = max(worst, error if error == error else math.inf)
+            worst = max(worst, scaled_error(a, b))
         return worst
 
     @property
     def size(self) -> str:
         """The shape of the first input, for messages: 2x13."""
         return "x".join(map(str, next(iter(self.inputs.values())).shape))
+
+
+def scaled_error(want: np.ndarray, got: np.ndarray) -> float:
+    """The largest |want - got|, relative to the largest |want| (at least SMALL); inf for NaN.
+
+    Numbers that stand for infinity (a banned logit's lowest float) are compared with themselves: as a scale they would
+    hide every other error. Equal infinities are equal.
+    """
+    if not want.size:
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        difference = np.where(want == got, 0.0, np.abs(want - got))
+    ordinary = np.abs(want) < HUGE
+    scale = max(float(np.abs(want[ordinary]).max()) if ordinary.any() else 0.0, SMALL)
+    with np.errstate(invalid="ignore"):
+        error = float((difference / np.where(ordinary, scale, np.abs(want))).max())
+    return error if error == error else math.inf
 
 
 def write_cases(cases: Sequence[Case], folder: Path) -> None:
@@ -60,7 +77,7 @@ def read_cases(folder: Path, manifest: Manifest) -> list[Case]:
     """The artifact's reference cases, after a check of their hashes.
 
     Raises:
-        ArtifactError: there are none, or one is missing or altered.
+        ArtifactError: there are none, or one is missing, altered or not of this artifact.
     """
     names = sorted(f for f in manifest.files if f.startswith(f"{FOLDER}/"))
     if not names:
@@ -68,13 +85,30 @@ def read_cases(folder: Path, manifest: Manifest) -> list[Case]:
     manifest.check_files(folder, names)
     cases = []
     for name in names:
-        parts: dict[str, Arrays] = {"inputs": {}, "outputs": {}, "valid": {}}
-        with np.load(folder / name, allow_pickle=False) as held:
-            for key in held.files:
-                part, _, tensor = key.partition(":")
-                parts[part][tensor] = held[key]
-        cases.append(Case(**parts))
+        # numpy, zipfile and zlib each raise their own on a damaged file.
+        try:
+            cases.append(_read_case(folder / name, manifest))
+        except Exception as e:
+            reason = f"{type(e).__name__}: {e}"
+            raise ArtifactError(str(folder / name), f"not a reference case ({reason})") from e
     return cases
+
+
+def _read_case(path: Path, manifest: Manifest) -> Case:
+    parts: dict[str, Arrays] = {"inputs": {}, "outputs": {}, "valid": {}}
+    with np.load(path, allow_pickle=False) as held:
+        for key in held.files:
+            part, _, tensor = key.partition(":")
+            parts[part][tensor] = held[key]
+    case = Case(**parts)
+    for arrays, specs in ((case.inputs, manifest.inputs), (case.outputs, manifest.outputs)):
+        if set(arrays) != {spec.name for spec in specs}:
+            raise ValueError(f"it holds {', '.join(arrays) or 'nothing'}")
+    for name, want in case.outputs.items():
+        rows = case.valid[name]
+        if rows.dtype != bool or rows.shape != want.shape[: rows.ndim]:
+            raise ValueError(f"the rows of {name} that count are {rows.dtype} {list(rows.shape)}")
+    return case
 
 
 def verify_on_device(folder: Path, device: str | None = None) -> list[Rung]:

@@ -16,6 +16,7 @@ import numpy as np
 from tilecut_runtime.errors import ArtifactError, InputError
 from tilecut_runtime.manifest import DimRange, Manifest, TensorSpec
 
+MAX_THREADS = 1024
 # One checked batch in, the outputs in the manifest's order out.
 Runner = Callable[[dict[str, np.ndarray]], Sequence[Any]]
 
@@ -47,7 +48,8 @@ class Session:
             For every output name a numpy array.
 
         Raises:
-            InputError: a name, dtype, rank or size that does not fit the manifest.
+            InputError: a name, dtype, rank or size that does not fit the manifest, or numbers that the model cannot
+                take, such as ids beyond its vocabulary.
         """
         arrays = check_inputs(inputs, self.inputs, self.manifest.dims)
         return dict(zip((spec.name for spec in self.outputs), self._runner(arrays), strict=True))
@@ -71,11 +73,16 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
     Raises:
         ArtifactError: the folder is no artifact, a file is missing, truncated or altered, or its runtime cannot be
             opened on this device.
+        InputError: `threads` is no number of threads.
     """
+    manifest = Manifest.read(path)
     folder = Path(path)
-    manifest = Manifest.read(folder)
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise InputError("load", "threads must be a positive integer or None", got=repr(threads))
+    if threads is not None and (
+        not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= MAX_THREADS
+    ):
+        raise InputError(
+            "load", "threads must be a positive integer or None", got=repr(threads), wanted=f"at most {MAX_THREADS}"
+        )
     if manifest.runtime not in RUNTIMES:
         raise ArtifactError(
             str(folder), "unknown runtime in the manifest", got=manifest.runtime, wanted=" or ".join(RUNTIMES)
@@ -179,7 +186,8 @@ def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | Non
         [f for f in manifest.files if f == name or f.startswith(name + ".") or f == manifest.entry.get("weights")],
     )
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # What it would log as an error it also raises.
+    options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
@@ -187,8 +195,34 @@ def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | Non
     # onnxruntime's own exception classes share no public base but Exception.
     except Exception as e:
         raise ArtifactError(str(folder / name), f"onnxruntime {ort.__version__} cannot open it: {e}") from e
+    for what, specs, found in (
+        ("inputs", manifest.inputs, session.get_inputs()),
+        ("outputs", manifest.outputs, session.get_outputs()),
+    ):
+        has, wants = {v.name: len(v.shape) for v in found}, {spec.name: len(spec.shape) for spec in specs}
+        if has != wants:
+            raise ArtifactError(
+                str(folder / name),
+                f"the model has other {what} than the manifest says (name: rank)",
+                got=has,
+                wanted=wants,
+                fix="compile it again",
+            )
     wanted = [spec.name for spec in manifest.outputs]
-    return lambda arrays: session.run(wanted, arrays)
+
+    def run(arrays: dict[str, np.ndarray]) -> Sequence[Any]:
+        try:
+            return session.run(wanted, arrays)
+        except Exception as e:
+            raise _refused("onnxruntime", e) from e
+
+    return run
+
+
+def _refused(runtime: str, error: Exception) -> InputError:
+    """What a runtime raised on inputs that fit the manifest, in one line."""
+    first = str(error).strip().partition("\n")[0] or type(error).__name__
+    return InputError("Session.run", f"{runtime} cannot run the model on these inputs: {first}")
 
 
 def _open_torch(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
@@ -223,7 +257,11 @@ def _open_torch(folder: Path, manifest: Manifest, device: str | None, threads: i
     def run(arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
         with torch.no_grad():
             # A copy: torch takes neither negative strides nor, without a warning, read-only memory.
-            out = program(**{k: torch.from_numpy(v.copy()).to(device) for k, v in arrays.items()})
+            given = {k: torch.from_numpy(v.copy()).to(device) for k, v in arrays.items()}
+            try:
+                out = program(**given)
+            except (IndexError, RuntimeError) as e:
+                raise _refused("torch", e) from e
         return [out[spec.name].cpu().numpy() for spec in manifest.outputs]
 
     return Session(folder, manifest, run, device)
@@ -234,7 +272,7 @@ def _is_device(name: str) -> bool:
 
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return False
     return device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
 

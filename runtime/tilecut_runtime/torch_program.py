@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.export import ExportedProgram
@@ -56,12 +57,19 @@ def read_program(path: Path, weights: Path) -> ExportedProgram:
     """The program at `path` with the tensors of `weights` in place.
 
     Raises:
-        ArtifactError: the archive holds more than a graph, or a tensor is missing or has another shape or dtype than
-            the graph says.
+        ArtifactError: the archive holds more than a graph, either file is damaged, or a tensor is missing or has
+            another shape or dtype than the graph says.
     """
     _check_archive(path)
-    program = torch.export.load(path)
-    tensors = load_file(weights)
+    # A damaged graph fails wherever torch first trips over it.
+    try:
+        program = torch.export.load(path)
+    except Exception as e:
+        raise ArtifactError(str(path), f"torch cannot read it ({_first_line(e)})", fix="compile the model again") from e
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ArtifactError(str(weights), f"safetensors cannot read it ({_first_line(e)})") from e
 
     def fill(held: dict) -> None:
         for name, meta in held.items():
@@ -82,6 +90,10 @@ def read_program(path: Path, weights: Path) -> ExportedProgram:
     fill(program.state_dict)
     fill(program.constants)
     return program
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
 def _check_archive(path: Path) -> None:

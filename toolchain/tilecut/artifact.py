@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tilecut_passes.plan import PrunePlan
-from tilecut_runtime.manifest import Manifest, Rung
+from tilecut_runtime.errors import ArtifactError, PlanError
+from tilecut_runtime.manifest import Manifest, Rung, read_json
 from tilecut_runtime.reference import read_cases
 from tilecut_runtime.torch_program import WEIGHTS, read_program
 
@@ -19,8 +19,8 @@ class Artifact:
     """An artifact on disk. Reading it checks that it is one; `verify` checks that it is whole and right."""
 
     def __init__(self, path: str | Path):
+        self.manifest = Manifest.read(path)
         self.path = Path(path)
-        self.manifest = Manifest.read(self.path)
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r}, target={self.manifest.target!r}, model={self.manifest.model!r})"
@@ -29,13 +29,21 @@ class Artifact:
     def plan(self) -> PrunePlan:
         """Which units stayed."""
         self.manifest.check_files(self.path, [PLAN])
-        return PrunePlan.read(self.path / PLAN)
+        try:
+            return PrunePlan.read(self.path / PLAN)
+        except PlanError as e:
+            raise ArtifactError(str(self.path / PLAN), f"not a plan ({e})", fix="compile the model again") from e
 
     @cached_property
     def report(self) -> dict[str, Any]:
         """What `report.json` says."""
         self.manifest.check_files(self.path, [REPORT])
-        return json.loads((self.path / REPORT).read_text(encoding="utf-8"))
+        held = read_json(self.path / REPORT)
+        if not isinstance(held, dict):
+            raise ArtifactError(
+                str(self.path / REPORT), "not a report", got=type(held).__name__, wanted="a JSON object"
+            )
+        return held
 
     def verify(self) -> list[Rung]:
         """Check every file's hash, then run the artifact on its reference inputs.

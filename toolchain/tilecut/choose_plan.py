@@ -150,6 +150,8 @@ def _fixed(groups: Sequence[Group], lattice: Lattice, config: PruneConfig) -> di
     wanted = config.num_heads_keep
     if wanted is None:
         return {}
+    if not any(g.kind in ATTENTION_KINDS for g in groups):
+        raise ConfigError("PruneConfig", "num_heads_keep is asked for, but no attention can be cut")
     fixed = {}
     for group in groups:
         if group.kind not in ATTENTION_KINDS:

@@ -16,9 +16,9 @@ import typer
 from rich.console import Console
 
 from tilecut import __version__, cli_inputs, show
-from tilecut_runtime.errors import TilecutError, VerificationError
-from tilecut_runtime.manifest import Manifest, Rung
-from tilecut_runtime.session import load
+from tilecut_runtime.errors import ArtifactError, TilecutError, VerificationError
+from tilecut_runtime.manifest import Manifest, Rung, read_json
+from tilecut_runtime.session import MAX_THREADS, load
 from tilecut_runtime.timing import time_interleaved
 
 FAILED, UNVERIFIED = 1, 3
@@ -35,7 +35,7 @@ out, err = Console(), Console(stderr=True)
 Folder = Annotated[Path, typer.Argument(help="an artifact's folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, nothing else")]
 Device = Annotated[str | None, typer.Option(help='"cpu", "reference", ..; default: what the artifact was compiled for')]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of one run")]
+Threads = Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads of one run")]
 
 
 def main() -> None:
@@ -104,8 +104,8 @@ def compile_(
         "method": method,
         "reconstruct": reconstruct,
         "seed": seed,
-        "kinds": tuple(k.strip() for k in kinds.split(",")) if kinds else None,
-        "at": {"sequence": sequence} if sequence else None,
+        "kinds": tuple(k.strip() for k in kinds.split(",")) if kinds is not None else None,
+        "at": {"sequence": sequence} if sequence is not None else None,
     }
     given = {k: v for k, v in options.items() if v is not None}
     base = find_config(preset)
@@ -135,15 +135,18 @@ def compile_(
 def inspect(folder: Folder, as_json: AsJson = False) -> None:
     """Say what an artifact is: target, inputs, outputs, files, what was kept, how far it was verified."""
     manifest = Manifest.read(folder)
-    report = (
-        json.loads((folder / "report.json").read_text(encoding="utf-8")) if (folder / "report.json").is_file() else None
-    )
+    path = folder / "report.json"
+    report = read_json(path) if path.is_file() else None
     if as_json:
         print(json.dumps({"manifest": asdict(manifest), "report": report}))
         return
     show.manifest(out, manifest)
-    if report:
-        show.report(out, report)
+    if report is not None:
+        # Its hash is not checked here: it may hold anything.
+        try:
+            show.report(out, report)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+            raise ArtifactError(str(path), f"malformed report ({type(e).__name__}: {e})") from e
 
 
 @app.command()
@@ -182,7 +185,12 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure latency: interleaved medians of CPU and wall time."""
-    sessions = {str(folder): load(folder, device, threads) for folder in folders}
+    # An artifact that is named twice has two rows.
+    names = [
+        f"{folder} #{folders[: i + 1].count(folder)}" if folders.count(folder) > 1 else str(folder)
+        for i, folder in enumerate(folders)
+    ]
+    sessions = {name: load(folder, device, threads) for name, folder in zip(names, folders)}
     rows = []
     for b in cli_inputs.numbers("--batch", batch):
         for s in cli_inputs.numbers("--sequence", sequence):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tilecut_runtime.errors import InputError
+from tilecut_runtime.errors import ArtifactError, InputError
 from tilecut_runtime.manifest import DimRange
 from tilecut_runtime.session import Session
 
@@ -35,11 +35,15 @@ def made_up_inputs(session: Session, batch: int, sequence: int) -> dict[str, np.
         shape = [
             d if isinstance(d, int) else _checked(session, d, batch if d == "batch" else sequence) for d in spec.shape
         ]
-        out[spec.name] = (
-            generator.standard_normal(shape).astype(spec.dtype)
-            if spec.dtype.startswith("float")
-            else np.ones(shape, spec.dtype)
-        )
+        # ValueError: more elements than an array can have.
+        try:
+            out[spec.name] = (
+                generator.standard_normal(shape).astype(spec.dtype)
+                if spec.dtype.startswith("float")
+                else np.ones(shape, spec.dtype)
+            )
+        except (MemoryError, ValueError) as e:
+            raise InputError(f"input {spec.name}", "too large for this machine", got=shape) from e
     return out
 
 
@@ -64,14 +68,20 @@ def read_inputs(session: Session, path: Path | None, texts: Sequence[str] | None
         try:
             with np.load(path, allow_pickle=False) as held:
                 return {name: held[name] for name in held.files}
-        except (OSError, ValueError, AttributeError) as e:
-            raise InputError(str(path), f"cannot be read as .npz ({e})") from e
+        # numpy, zipfile and zlib each raise their own: for a .npy, junk, a bad checksum, a file that ends early.
+        except Exception as e:
+            reason = str(e).partition("\n")[0] or type(e).__name__
+            raise InputError(str(path), f"cannot be read as .npz ({reason})") from e
     file = session.path / "tokenizer.json"
     if not file.is_file():
         raise InputError("--text", "the artifact holds no tokenizer.json", fix="give --inputs")
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(file))
+    # tokenizers raises a bare Exception.
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as e:
+        raise ArtifactError(str(file), f"tokenizers cannot read it ({e})") from e
     tokenizer.enable_padding()
     limit = session.manifest.dims.get("sequence", DimRange()).max
     if limit:
@@ -86,12 +96,13 @@ def read_inputs(session: Session, path: Path | None, texts: Sequence[str] | None
 
 
 def write_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
-    """Save outputs as .npz.
+    """Save outputs as .npz, under the very name that is given.
 
     Raises:
         InputError: the file cannot be written.
     """
     try:
-        np.savez(path, **outputs)  # type: ignore[arg-type]
-    except OSError as e:
-        raise InputError(str(path), f"cannot be written ({e.strerror})") from e
+        with path.open("wb") as file:
+            np.savez(file, **outputs)  # type: ignore[arg-type]
+    except (OSError, ValueError) as e:
+        raise InputError(str(path), f"cannot be written ({getattr(e, 'strerror', None) or e})") from e

@@ -39,7 +39,7 @@ class PruneConfig(BaseModel):
     num_heads_keep: int | None = Field(None, gt=0, description="heads that every attention keeps")
     method: str = Field("obs", description="importance, see tilecut_passes/score.py")
     reconstruct: bool = Field(True, description="refit the weights behind every gate by least squares")
-    seed: int = Field(0, ge=0, description="of every random choice")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of every random choice")
 
     def __init__(self, **given: Any):
         try:

@@ -3,8 +3,9 @@
     iterable of dicts      batches of tensors, used as they are
     iterable of strings    texts, tokenized with the model's tokenizer
     file.txt               a text a line
-    file.tsv               a header line; the text is the column `text`, else the last one; a column `label` (integers)
-                           gives labels; where a column `split` says train, only those rows are read
+    file.tsv               a header line; the text is the column `text`, else the last one that is neither `label` nor
+                           `split`; a column `label` (integers) gives labels; where a column `split` says train, only
+                           those rows are read
     file.jsonl             {"text": .., "label": ..} a line; label is optional
     None                   the general text shipped with tilecut when the model has a tokenizer, else nothing
 
@@ -13,8 +14,8 @@ Texts are sorted by length into batches, so that little is padding.
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,10 +50,7 @@ class Calibration:
     def tokens(self) -> int:
         """Real positions (or rows, without a mask) in the batches to fit with."""
         return sum(
-            int(b.inputs["attention_mask"].sum())
-            if "attention_mask" in b.inputs
-            else next(iter(b.inputs.values())).shape[0]
-            for b in self.fit
+            int(b.mask.sum()) if b.mask is not None else next(iter(b.inputs.values())).shape[0] for b in self.fit
         )
 
 
@@ -106,31 +104,33 @@ def read_texts(path: Path) -> tuple[list[str], list[int] | None]:
         CalibrationError: missing, of an unknown kind, malformed, or empty.
     """
     where = str(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CalibrationError(where, "no such calibration file")
     try:
-        content = path.read_text(encoding="utf-8")
+        # Reading makes every line end with a line feed; `splitlines` would also split at what may stand within a text.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as e:
         raise CalibrationError(where, f"not UTF-8 text ({e.reason} at byte {e.start})") from e
+    except OSError as e:
+        raise CalibrationError(where, f"cannot be read ({e.strerror})") from e
     labels: list[int | None] = []
     if path.suffix == ".txt":
-        texts = [line.strip() for line in content.splitlines()]
+        texts = [line.strip() for line in lines]
     elif path.suffix == ".tsv":
-        rows = list(csv.DictReader(content.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
-        columns = list(rows[0]) if rows else []
-        column = "text" if "text" in columns else columns[-1] if columns else ""
-        if any(row.get("split") == "train" for row in rows):
-            rows = [row for row in rows if row["split"] == "train"]
-        texts = [(row[column] or "").strip() for row in rows]
-        labels = [_integer(row.get("label"), where, i) for i, row in enumerate(rows)]
+        texts, labels = _columns(lines, where)
     elif path.suffix == ".jsonl":
         texts = []
-        for i, line in enumerate(content.splitlines()):
+        for i, line in enumerate(lines):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
-                texts.append(str(row["text"]).strip())
-            except (json.JSONDecodeError, KeyError, TypeError) as e:
+                text = row["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"{text!r} is no text")
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
                 raise CalibrationError(f"{where}:{i + 1}", 'not a JSON object with a "text"', got=line[:60]) from e
+            texts.append(text.strip())
             labels.append(_integer(row.get("label"), where, i))
     else:
         raise CalibrationError(
@@ -143,13 +143,38 @@ def read_texts(path: Path) -> tuple[list[str], list[int] | None]:
     return [texts[i] for i in kept], [int(labels[i] or 0) for i in kept] if has_labels else None
 
 
+def _columns(lines: list[str], where: str) -> tuple[list[str], list[int | None]]:
+    """Texts and labels of a table with a header line; blank lines are no rows."""
+    header = [name.strip() for name in lines[0].split("\t")]
+    column = next((n for n in ["text", *reversed(header)] if n in header and n not in ("label", "split")), None)
+    if column is None:
+        raise CalibrationError(where, "no column holds text", got=", ".join(header), wanted="a column text")
+    rows = []
+    for i, line in enumerate(lines[1:]):
+        fields = line.split("\t")
+        if any(fields[len(header) :]):
+            raise CalibrationError(
+                f"{where}: row {i + 1}", "more fields than the header has", got=len(fields), wanted=len(header)
+            )
+        if line.strip():
+            rows.append((i, dict(zip(header, fields))))
+    if any(row.get("split") == "train" for _, row in rows):
+        rows = [(i, row) for i, row in rows if row.get("split") == "train"]
+    texts = [row.get(column, "").strip() for _, row in rows]
+    return texts, [_integer(row.get("label", "").strip(), where, i) for i, row in rows]
+
+
 def _integer(value: Any, where: str, row: int) -> int | None:
+    """A label from a file: None where there is none; 1.0 is an integer, 1.7 is not."""
     if value is None or value == "":
         return None
     try:
-        return int(value)
-    except (TypeError, ValueError) as e:
-        raise CalibrationError(f"{where}: row {row + 1}", "a label is no integer", got=repr(value)) from e
+        number = int(value)
+        if (isinstance(value, float) and number != value) or not -(2**63) <= number < 2**63:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as e:
+        raise CalibrationError(f"{where}: row {row + 1}", "a label is no integer", got=repr(value)[:60]) from e
+    return number
 
 
 def tokenizer_folder(model: nn.Module) -> Path | None:

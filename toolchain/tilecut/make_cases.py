@@ -12,7 +12,7 @@ from tilecut_passes.graph import Graph, is_call, source, value_of
 from tilecut_runtime.reference import Case
 
 # (batch, length) of the cases; lengths are cut to what the model allows.
-SIZES = ((1, 1), (1, 8), (2, 13), (5, 64), (8, 256))
+SIZES = ((1, 1), (1, 8), (2, 13), (5, 64), (8, 256), (1, 512))
 
 
 def make_inputs(graph: Graph, batch: int, length: int, seed: int, ragged: bool = True) -> dict[str, Tensor]:

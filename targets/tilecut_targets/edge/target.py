@@ -16,6 +16,7 @@ from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.reference import Case
 from tilecut_runtime.session import onnx_runner
+from tilecut_targets.check_onnx import check_onnx
 from tilecut_targets.decompose_attention import decomposed_attention
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.contend import contend
@@ -67,13 +68,13 @@ class EdgeTarget(Target):
 
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
         """The ONNX checker, then onnxruntime against the pruned torch model."""
-        onnx.checker.check_model(str(folder / MODEL))
+        checked = check_onnx(folder, MODEL)
         run = onnx_runner(folder, manifest, "model", None)
         names = [spec.name for spec in manifest.outputs]
         error = max(case.error(dict(zip(names, run(case.inputs)))) for case in cases)
         sizes = ", ".join(case.size for case in cases)
         return [
-            Rung("onnx checker", "passed", f"{MODEL} is valid ONNX"),
+            checked,
             rung(
                 "artifact equals pruned model",
                 error,

@@ -1,0 +1,53 @@
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from checks import bert_graph, mlp_graph, randomise
+from tilecut.check_sizes import check_sizes
+from tilecut_passes.capture import capture
+from tilecut_runtime.errors import CaptureError
+
+
+def test_positions_that_a_model_keeps_for_itself_lower_the_limit():
+    config = transformers.RobertaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=42,
+    )
+    graph = capture(randomise(transformers.RobertaModel(config)))
+    assert graph.ranges["sequence"].max == 42
+    check_sizes(graph, "RobertaModel")
+    assert graph.ranges["sequence"].max == 40
+    assert "sequence is at most 40; the config says 42" in graph.notes[-1]
+
+
+def test_a_limit_that_holds_stays():
+    for graph in (bert_graph().copy(), mlp_graph().copy()):
+        before, notes = dict(graph.ranges), list(graph.notes)
+        check_sizes(graph, "Model")
+        assert graph.ranges == before
+        assert graph.notes == notes
+
+
+class Pairs(nn.Module):
+    """Takes rows two by two."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.ops.aten.view.default(x, [x.shape[0] // 2, 2, 8])
+        return self.down(torch.relu(self.up(pairs)))
+
+
+def test_a_size_that_the_code_cannot_take_is_an_error():
+    graph = capture(randomise(Pairs()), torch.randn(4, 8))
+    with pytest.raises(
+        CaptureError, match="does not run at its smallest sizes, 1 in every dynamic dimension; got RuntimeError"
+    ):
+        check_sizes(graph, "Pairs")

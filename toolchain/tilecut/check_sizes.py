@@ -1,0 +1,62 @@
+"""Run a captured model at its smallest and its longest sizes before anything is built on them.
+
+A config may promise more positions than the model has rows for (RoBERTa keeps two of its 514 for itself), and an export
+may hold a size for dynamic that the code cannot take. The first lowers the limit, with a note; the second is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from tilecut.make_cases import make_inputs
+from tilecut_passes.graph import Graph
+from tilecut_runtime.errors import CaptureError
+
+# A model without positions may allow lengths that no one wants to wait for.
+LONGEST = 1024
+
+
+def check_sizes(graph: Graph, model: str) -> None:
+    """Lower the limits of `graph.ranges` to what runs.
+
+    Raises:
+        CaptureError: the model does not run at its smallest sizes.
+    """
+    smallest = max((r.min for name, r in graph.ranges.items() if name != "batch"), default=1)
+    if failure := _failure(graph, smallest):
+        raise CaptureError(
+            model,
+            f"the captured model does not run at its smallest sizes, {smallest} in every dynamic dimension",
+            got=f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}",
+            fix="fix that size: pass dynamic_shapes without it",
+        )
+    limits = {name: r.max for name, r in graph.ranges.items() if name != "batch" and r.max is not None}
+    longest = max(limits.values(), default=smallest)
+    if longest > LONGEST or not _failure(graph, longest):
+        return
+    runs, fails = smallest, longest
+    while fails - runs > 1:
+        middle = (runs + fails) // 2
+        runs, fails = (runs, middle) if _failure(graph, middle) else (middle, fails)
+    for name, limit in limits.items():
+        if limit > runs:
+            graph.ranges[name] = replace(graph.ranges[name], max=runs)
+            graph.notes.append(
+                f"capture: {name} is at most {runs}; the config says {limit}, but the model fails beyond"
+            )
+
+
+def _failure(graph: Graph, length: int) -> Exception | None:
+    """What running one row of `length` raises; ids are the last of their table, so that none is taken for padding."""
+    inputs = {name: _last(value) for name, value in make_inputs(graph, 1, length, seed=0, ragged=False).items()}
+    try:
+        graph.run(inputs)
+    except (RuntimeError, IndexError) as e:
+        return e
+    return None
+
+
+def _last(value: Tensor) -> Tensor:
+    return value if value.is_floating_point() else value.max().expand_as(value).clone()
