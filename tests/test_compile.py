@@ -426,3 +426,30 @@ def test_an_output_path_that_cannot_be_made_is_refused_before_capture(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="cannot be made"):
         mlp(tmp_path / "file" / "a", progress=Progress(no_capture))
+
+
+class Banned(nn.Module):
+    """Attention over ids other than 1, and one logit that is banned with the lowest float."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.qkv, self.head = nn.Embedding(50, 32), nn.Linear(32, 96), nn.Linear(32, 9)
+        self.register_buffer("ban", torch.arange(9) == 4)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(input_ids)
+        b, s, _ = x.shape
+        q, k, v = (t.view(b, s, 4, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        keep = (input_ids != 1)[:, None, None, :]
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, keep).transpose(1, 2).reshape(b, s, 32)
+        return self.head(mixed + x).masked_fill(self.ban, torch.finfo(torch.float32).min)
+
+
+def test_ids_that_are_padding_are_masked_and_a_banned_logit_hides_no_error(tmp_path):
+    model = randomise(Banned())
+    ids = torch.randint(2, 50, (3, 9))
+    ids[:, 0], ids[0, 6:] = 0, 1
+    artifact = compile_pruned(model, "edge", {"input_ids": ids}, config=None, output=tmp_path / "a", measure=False)
+    assert artifact.report["emitted"]["fused_attention"] == 1
+    got = torch.from_numpy(load(artifact.path).run({"input_ids": ids.numpy()})["output"])
+    torch.testing.assert_close(got, model(ids).detach(), rtol=1e-4, atol=1e-4)
