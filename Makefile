@@ -8,7 +8,7 @@ PY := $(ENV)/bin/python
 export HF_HUB_OFFLINE := 1
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-all test-wheel lint types bench clean
+.PHONY: demo test test-all test-wheel lint types bench models clean
 
 demo: $(ENV)/.demo  ## prune the real model for the edge target and show what came of it
 	$(PY) benchmarks/demo.py
@@ -40,6 +40,9 @@ types: $(ENV)/.dev
 
 bench: $(ENV)/.demo  ## the figures of benchmarks/RESULTS.md
 	$(PY) benchmarks/bench_minilm_edge.py
+
+models: $(ENV)/.dev  ## README's table of models
+	PYTHONPATH=tests $(PY) tests/write_models_table.py
 
 clean:
 	rm -rf $(ENV) build dist demo-output

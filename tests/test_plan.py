@@ -18,7 +18,7 @@ def test_json_round_trip(tmp_path):
     plan.write(tmp_path / "plan.json")
     assert PrunePlan.read(tmp_path / "plan.json") == plan
     held = json.loads((tmp_path / "plan.json").read_text())
-    assert set(held) == {"format", "model", "target", "at", "groups", "frozen"}
+    assert set(held) == {"format", "model", "tensors", "aliases", "target", "at", "groups", "frozen"}
     assert set(held["groups"][0]) == {"name", "kind", "size", "kept", "padded_to", "members"}
     assert set(held["groups"][0]["members"][0]) == {"parameter", "dim", "start", "view", "axis"}
 
@@ -43,7 +43,9 @@ def test_a_plan_for_another_model_is_refused_with_the_first_mismatch(neurons, me
 def test_a_plan_for_a_model_that_differs_elsewhere_is_refused():
     plan = random_plan(mlp_graph(), 1)
     other = capture(randomise(TinyMlp(out=4)), torch.randn(4, 12))
-    with pytest.raises(PlanError, match="made for another model"):
+    with pytest.raises(
+        PlanError, match=r"made for another model; got tensor down.bias is float32 \[4\], in the plan float32 \[3\]"
+    ):
         plan.matched(other, groups_of(other))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from checks import bert_graph, groups_of, mlp_graph, random_plan, randomise, text_batch
@@ -69,7 +70,7 @@ def test_every_cut_layer_has_a_site_with_its_residual():
     graph = bert_graph()
     cut = pruned(graph, {g.name: range(g.size // 2) for g in groups_of(graph)})
     sites = find_sites(graph, cut)
-    assert [s.weight for s in sites] == [
+    assert [s.layer.weight for s in sites] == [
         "encoder.layer.0.attention.output.dense.weight", "encoder.layer.0.output.dense.weight",
         "encoder.layer.1.attention.output.dense.weight", "encoder.layer.1.output.dense.weight",
     ]  # fmt: skip
@@ -121,4 +122,27 @@ def test_what_is_not_refitted_is_said():
     pruned = dense.copy()
     run_passes(pruned, [Prune(plan)])
     assert run_passes(pruned, [Reconstruct(dense, [Batch({"x": torch.randn(8, 6)})])])[0].rewrites == 0
-    assert {(r.by, r.why) for r in pruned.refusals} == {("Reconstruct", "its weight is shared")}
+    assert {(r.by, r.why) for r in pruned.refusals} == {("Reconstruct", "its weight or bias is shared")}
+
+
+def gpt2_graph():
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=64)
+    return capture(randomise(transformers.GPT2Model(config)))
+
+
+def test_transposed_weights_are_refitted_too():
+    """GPT-2 keeps its weights as [I, O] and calls addmm on flattened rows."""
+    dense = gpt2_graph()
+    cut = pruned(dense, {g.name: range(g.size // 2) for g in groups_of(dense)})
+    assert [(s.layer.weight, s.layer.transposed) for s in find_sites(dense, cut)] == [
+        (f"h.{i}.{name}.c_proj.weight", True) for i in range(2) for name in ("attn", "mlp")
+    ]
+    residuals = [s.residual for s in find_sites(dense, cut)]
+    assert all(residuals) and len(set(residuals)) == 4
+    ids = [torch.randint(0, 50, (8, 20), generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    batches = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
+    want = dense.run(batches[-1])["last_hidden_state"]
+    before = (cut.run(batches[-1])["last_hidden_state"] - want).square().mean()
+    assert run_passes(cut, [Reconstruct(dense, check_batches(dense, batches[:-1]))])[0].rewrites == 4
+    assert (cut.run(batches[-1])["last_hidden_state"] - want).square().mean() < 0.5 * before
+    assert not cut.refusals

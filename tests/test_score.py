@@ -205,32 +205,37 @@ def test_a_pruned_graph_can_be_scored_again():
     assert {len(r.order) for r in rankings.values()} == {2, 24}
 
 
-def test_groups_that_feed_no_linear_layer_are_scored_by_fisher():
+def test_transposed_weights_are_scored_by_the_surgeon():
     model = randomise(transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50)))
     graph = capture(model)
     groups = groups_of(graph)
     batches = [Batch({"input_ids": torch.randint(0, 50, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)})]
-    assert groups
-    assert score("obs", graph, groups, batches) == score("fisher", graph, groups, batches)
+    obs, fisher = (score(method, graph, groups, batches) for method in ("obs", "fisher"))
+    assert groups and all(obs[g.name].losses != fisher[g.name].losses for g in groups)
 
 
-def test_both_kinds_of_score_are_on_one_scale():
-    class Mixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = nn.Linear(6, 20), nn.Linear(20, 6)
-            self.up2, self.down2 = nn.Linear(6, 20), nn.Parameter(torch.randn(20, 6))
+class Mixed(nn.Module):
+    """A branch whose neurons end in a dense layer, and one whose neurons end in a convolution."""
 
-        def forward(self, x):
-            x = x + self.down(torch.relu(self.up(x)))
-            return x + torch.relu(self.up2(x)) @ self.down2
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 20), nn.Linear(20, 6)
+        self.up2, self.down2 = nn.Linear(6, 20), nn.Conv1d(20, 6, 1)
 
-    graph = capture(randomise(Mixed()), torch.randn(8, 6))
+    def forward(self, x):
+        x = x + self.down(torch.relu(self.up(x)))
+        return x + self.down2(torch.relu(self.up2(x)).transpose(1, 2)).transpose(1, 2)
+
+
+def test_groups_that_feed_no_dense_layer_are_scored_by_fisher_on_the_same_scale():
+    graph = capture(randomise(Mixed()), torch.randn(8, 5, 6))
     groups = groups_of(graph)
-    batches = [Batch({"x": torch.randn(200, 6)})]
+    batches = [Batch({"x": torch.randn(40, 5, 6)})]
     obs, fisher = (score(method, graph, groups, batches) for method in ("obs", "fisher"))
     linear, other = (g.name for g in groups)
     assert obs[other].order == fisher[other].order
     assert obs[other].losses[0] / fisher[other].losses[0] == pytest.approx(
         obs[linear].losses[0] / fisher[linear].losses[0]
     )
+    alone = [g for g in groups if g.name == other]
+    assert score("obs", graph, alone, batches) == score("fisher", graph, alone, batches)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilecut_passes.flat_forward import nested_input
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import CalibrationError
 
@@ -57,6 +58,15 @@ def _tensor(value: Any, where: str) -> Tensor:
         ) from e
 
 
+def _flat(raw: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """A batch with key-value caches and other structures as the flat inputs of the graph."""
+    out: dict[str, Any] = {}
+    for key, value in raw.items():
+        nested = None if str(key) in names or isinstance(value, Tensor) else nested_input(str(key), value)
+        out |= nested.tensors if nested is not None else {str(key): value}
+    return out
+
+
 def check_batches(graph: Graph, batches: Iterable[Mapping[str, Any]]) -> list[Batch]:
     """Turn the caller's batches into `Batch`es that fit the graph's inputs.
 
@@ -83,7 +93,7 @@ def check_batches(graph: Graph, batches: Iterable[Mapping[str, Any]]) -> list[Ba
                 got=type(raw).__name__,
                 wanted="{" + ", ".join(s.name for s in specs) + "}",
             )
-        held = {str(k): _tensor(v, f"{where}: {k}") for k, v in raw.items()}
+        held = {k: _tensor(v, f"{where}: {k}") for k, v in _flat(raw, {s.name for s in specs}).items()}
         labels = held.pop("labels", None)
         sizes: dict[str, int] = {}
         inputs = {}

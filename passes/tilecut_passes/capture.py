@@ -5,47 +5,43 @@ writes in place (that keeps linear, layer_norm and attention whole), and its par
 names of the caller's `state_dict`. Tensors are shared with the model, never copied or changed.
 
 Dynamic sizes are first asked for by name, so that every input's batch is one symbol; when the model refuses that
-(it fixes a size, or relates two), torch decides which sizes can stay dynamic. The remedy used is in `Graph.notes`.
+(it fixes a size, or relates two), the remedies of `export_model` are tried. The one used is in `Graph.notes`.
 """
 
 from __future__ import annotations
 
-import io
-import logging
-import operator
-import re
-import traceback
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from tilecut_passes.canonicalize import Canonicalize
-from tilecut_passes.example_inputs import DynamicDims, ExampleInputs, inputs_from_caller, inputs_from_config
-from tilecut_passes.graph import Graph, size_of
+from tilecut_passes.example_inputs import (
+    TOTAL,
+    DynamicDims,
+    ExampleInputs,
+    inputs_from_caller,
+    inputs_from_config,
+)
+from tilecut_passes.export_model import export_model
+from tilecut_passes.flat_forward import flat_forward, states
+from tilecut_passes.graph import Graph, size_of, sizes_of, symbols_of
 from tilecut_passes.run_passes import run_passes
 from tilecut_passes.unlift_program import unlift_program
 from tilecut_runtime.errors import CaptureError
 from tilecut_runtime.manifest import DimRange
-
-# Composite ops that run_decompositions writes in terms of others.
-SPELLED_OUT = (torch.ops.aten.einsum.default, torch.ops.aten.tensordot.default, torch.ops.aten.bilinear.default)
-
-log = logging.getLogger("tilecut.capture")
 
 
 def capture(model: nn.Module, example_inputs: Any = None, dynamic_shapes: DynamicDims | None = None) -> Graph:
     """Capture `model`.
 
     Args:
-        example_inputs: a tensor, a tuple of tensors in forward's order, or a dict by name (constants allowed); None
-            makes them from a Hugging Face model's config.
+        example_inputs: a tensor, a tuple of tensors in forward's order, or a dict by name (constants, structures of
+            tensors and key-value caches allowed); None makes them from a Hugging Face model's config.
         dynamic_shapes: input name -> dimension -> name of the dynamic size; None guesses (see `example_inputs`).
 
     Raises:
@@ -62,11 +58,17 @@ def capture(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Dynami
     )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example.tensors = {k: v.to(device) for k, v in example.tensors.items()}
-    with _eval_mode(model), quiet_torch():
-        program, notes = _export(model, example)
+    names = [*example.tensors, *example.constants]
+    ranges = {size: DimRange(1, most) for size, most in example.limits.items()}
+    with _eval_mode(model), flat_forward(model, example.nested, names):
+        program, notes = export_model(model, example.tensors, example.constants, example.dynamic, ranges)
     graph = _to_graph(model, program, example)
-    graph.notes += notes
+    graph.notes += [*example.notes, *notes]
+    tied = _tie_sizes(graph, example)
     run_passes(graph, [Canonicalize()])
+    if tied:
+        graph.propagate()
+        run_passes(graph, [Canonicalize()])
     return graph
 
 
@@ -82,92 +84,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def quiet_torch() -> Iterator[None]:
-    """torch logs and prints whole graphs and tracebacks before it raises; the exception says what matters."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
-    ]
-    levels = [one.level for one in loggers]
-    for one in loggers:
-        one.setLevel(logging.CRITICAL)
-    printed = io.StringIO()
-    try:
-        with warnings.catch_warnings(), redirect_stdout(printed):
-            warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
-            yield
-    finally:
-        log.debug("printed during export:\n%s", printed.getvalue())
-        for one, level in zip(loggers, levels):
-            one.setLevel(level)
-
-
-def _export(model: nn.Module, example: ExampleInputs) -> tuple[ExportedProgram, list[str]]:
-    names = dict.fromkeys(name for dims in example.dynamic.values() for name in dims.values())
-    dims = {name: Dim(name, min=1, max=example.limits.get(name)) for name in names}
-    named = {k: {d: dims[n] for d, n in example.dynamic.get(k, {}).items()} for k in example.tensors}
-    free = {k: dict.fromkeys(example.dynamic.get(k, {}), Dim.AUTO) for k in example.tensors}
-    constants = dict.fromkeys(example.constants)
-    kwargs = {**example.tensors, **example.constants}
-    failure: Exception | None = None
-    for remedy, shapes in ((None, named), ("dynamic sizes left to torch (Dim.AUTO)", free)):
-        try:
-            program = torch.export.export(model, (), kwargs, dynamic_shapes={**shapes, **constants}, strict=False)
-            if not _is_canonical(program):
-                program = program.run_decompositions({})
-        # torch.export raises whatever the model's own code raises.
-        except Exception as e:
-            failure = failure or e
-            continue
-        first_line = str(failure).strip().splitlines()[0] if failure else ""
-        return program, [f"capture: {remedy}, because named ones were refused: {first_line[:200]}"] if remedy else []
-    assert failure is not None
-    raise _capture_error(model, failure) from failure
-
-
-def _is_canonical(program: ExportedProgram) -> bool:
-    """Whether no op writes in place, no sub-graph is called, and no op is spelled in a language of its own.
-
-    Tracing a program again to make it so takes seconds.
-    """
-    calls = [n.target for n in program.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
-    return all(
-        not op._schema.is_mutable and op not in SPELLED_OUT
-        if isinstance(op, torch._ops.OpOverload)
-        else getattr(op, "__module__", "") == "_operator"
-        for op in calls
-    ) and not any(n.op == "get_attr" for n in program.graph.nodes)
-
-
-def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
-    lines = [line.strip() for line in str(failure).strip().splitlines() if line.strip()]
-    what = f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
-    fix = "pass example_inputs that fit forward, or rewrite that line"
-    if "DataDependent" in type(failure).__name__ or "data-dependent" in str(failure):
-        fix = "the line decides on a tensor's value: use torch.where, torch.cond or a mask instead of if, .item() or .tolist()"
-    return CaptureError(
-        f"{type(model).__name__}", f"torch.export stopped at {_users_line(failure)}: {what[:400]}", fix=fix
-    )
-
-
-def _users_line(failure: Exception) -> str:
-    """File, line and source of the deepest frame that is neither torch's nor ours."""
-    ours, torchs = Path(__file__).parent, Path(torch.__file__).parent
-    frames = [
-        f
-        for f in traceback.extract_tb(failure.__traceback__)
-        if not f.filename.startswith("<")
-        and torchs not in Path(f.filename).parents
-        and ours not in Path(f.filename).parents
-        and Path(f.filename).name != "contextlib.py"
-    ]
-    if not frames:
-        # Constraint violations are raised after tracing; torch names the user's line in the message, when it can.
-        named = re.search(r'File "([^"]+)", line (\d+)', str(failure))
-        return f"{named[1]}:{named[2]}" if named else "a check inside torch itself"
-    return f"{frames[-1].filename}:{frames[-1].lineno} `{(frames[-1].line or '').strip()}`"
-
-
 def _to_graph(model: nn.Module, program: ExportedProgram, example: ExampleInputs) -> Graph:
     name = type(model).__name__
     unlifted = unlift_program(program, name)
@@ -179,7 +95,52 @@ def _to_graph(model: nn.Module, program: ExportedProgram, example: ExampleInputs
     aliases = {
         k: by_tensor[id(v)] for k, v in _state(model).items() if k not in unlifted.tensors and id(v) in by_tensor
     }
-    return Graph(unlifted.module, inputs, unlifted.outputs, unlifted.returns, dims, ranges, aliases, unlifted.notes)
+    return Graph(
+        unlifted.module,
+        inputs,
+        unlifted.outputs,
+        unlifted.returns,
+        dims,
+        ranges,
+        aliases,
+        states(inputs, unlifted.outputs),
+        unlifted.notes,
+    )
+
+
+def _tie_sizes(graph: Graph, example: ExampleInputs) -> bool:
+    """Give sizes of one name one symbol, where export left several; returns whether it did.
+
+    A mask over past and present is as long as both together. What said so in the program were run-time assertions.
+    """
+    sizes: dict[str, Any] = {}
+    for (_, _, name), size in _named_sizes(graph, example).items():
+        sizes.setdefault(name, size)
+    if {TOTAL, "past_sequence", "sequence"} <= sizes.keys():
+        sizes[TOTAL] = sizes["past_sequence"] + sizes["sequence"]
+    tied = False
+    for node, input_name in zip(graph.placeholders, graph.inputs, strict=True):
+        value = node.meta["val"]
+        names = example.dynamic.get(input_name, {})
+        shape = [s if isinstance(s, int) else sizes.get(names.get(d, ""), s) for d, s in enumerate(value.shape)]
+        if [size_of(s) for s in shape] != [size_of(s) for s in value.shape]:
+            with graph.fake_mode():
+                node.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
+            tied = True
+    used = {symbol for node in graph.placeholders for s in sizes_of(node.meta["val"]) for symbol in symbols_of(s)}
+    for symbol in graph.dims.keys() - used:
+        graph.ranges.pop(graph.dims.pop(symbol))
+    return tied
+
+
+def _named_sizes(graph: Graph, example: ExampleInputs) -> dict[tuple[str, int, str], Any]:
+    """The symbolic sizes of the inputs by input, dimension and wanted name."""
+    return {
+        (name, d, example.dynamic[name][d]): size
+        for name, node in zip(graph.inputs, graph.placeholders, strict=True)
+        for d, size in enumerate(node.meta["val"].shape)
+        if not isinstance(size, int) and d in example.dynamic.get(name, {})
+    }
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -7,17 +7,20 @@ Every contraction contributes the product of its axes' sizes: a linear layer B x
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import sympy
 import torch
+from torch import fx
 
 from tilecut_passes.axes.axis import Axis
 from tilecut_passes.axes.groups import Group
-from tilecut_passes.axes.infer import Axes
-from tilecut_passes.graph import Graph, Size, arguments, is_call, number_of
+from tilecut_passes.axes.infer import Axes, Types, broadcast
+from tilecut_passes.axes.rules_contractions import MATMULS
+from tilecut_passes.axes.rules_convolutions import CONVOLUTIONS, is_transposed
+from tilecut_passes.graph import Graph, Size, arguments, number_of
 
 aten = torch.ops.aten
 
@@ -36,24 +39,38 @@ class MacCounter:
     Args:
         axes: the inferred axes of the dense graph.
         groups: its groups.
-        at: sizes by name, e.g. {"batch": 1, "sequence": 128}; a dynamic size without one reads `sequence`.
+        at: sizes by name, e.g. {"batch": 1, "sequence": 128}; a dynamic size without one is `sequence` too, or what the
+            model was traced with where it has to be longer (a waveform).
     """
 
     def __init__(self, axes: Axes, groups: list[Group], at: Mapping[str, int]):
         self.terms = mac_terms(axes)
         self.leaf_of = {g.name: g.axis for g in groups}
         self.sequence = at.get("sequence", 128)
-        self.at = {symbol: at.get(name, self.sequence) for symbol, name in axes.graph.dims.items()}
+        self.at = {symbol: self._at(axes.graph, symbol, name, at) for symbol, name in axes.graph.dims.items()}
         self._cache: dict[tuple[str, ...], list[MacTerm]] = {}
+
+    def _at(self, graph: Graph, symbol: sympy.Symbol, name: str, at: Mapping[str, int]) -> int:
+        if name in at or self.sequence >= graph.ranges[name].min:
+            return at.get(name, self.sequence)
+        return graph.traced_at(symbol)
 
     def total(self, counts: Mapping[str, int] | None = None) -> int:
         """MACs of the whole graph when each named group keeps that many units."""
-        return sum(self._term(term, self._leaves(counts)) for term in self.terms)
+        return sum(self.macs_of(term, counts) for term in self.terms)
+
+    def macs_of(self, term: MacTerm, counts: Mapping[str, int] | None = None) -> int:
+        """MACs of one contraction."""
+        return self._term(term, self._leaves(counts))
+
+    def terms_of(self, names: Sequence[str]) -> list[MacTerm]:
+        """The contractions that any of the named groups takes part in."""
+        return self._terms_of(tuple(names))
 
     def of_groups(self, names: Sequence[str], counts: Mapping[str, int] | None = None) -> int:
         """MACs of the contractions that any of the named groups takes part in."""
         leaves = self._leaves(counts)
-        return sum(self._term(term, leaves) for term in self._terms_of(tuple(names)))
+        return sum(self._term(term, leaves) for term in self.terms_of(names))
 
     def _terms_of(self, names: tuple[str, ...]) -> list[MacTerm]:
         if names not in self._cache:
@@ -100,23 +117,50 @@ class MacCounter:
 
 def mac_terms(axes: Axes) -> list[MacTerm]:
     """Every contraction of the graph."""
-    terms = []
-    for node in axes.graph.nodes:
-        if node.op != "call_function":
-            continue
-        if is_call(node, aten.scaled_dot_product_attention.default, torch.ops.tilecut.attention.default):
-            q, k, v = (axes.input(node, i) for i in range(3))
-            terms.append(MacTerm(node.name, (*q, k[-2])))
-            terms.append(MacTerm(node.name, (*axes.of[node], v[-2])))
-        elif is_call(node, aten.linear.default, aten.matmul.default, aten.bmm.default, aten.mm.default):
-            terms.append(MacTerm(node.name, (*axes.of[node], axes.input(node)[-1])))
-        elif is_call(node, aten.addmm.default, aten.baddbmm.default):
-            terms.append(MacTerm(node.name, (*axes.of[node], axes.input(node, 1)[-1])))
-        elif is_call(node, aten.conv1d.default, aten.conv2d.default, aten.convolution.default):
-            terms.append(MacTerm(node.name, (*axes.of[node], *axes.of[arguments(node)["weight"]][1:])))
-        elif is_call(node, aten._grouped_mm.default):
-            terms.append(MacTerm(node.name, (*axes.of[node], axes.input(node)[-1])))
-    return terms
+    calls = [n for n in axes.graph.nodes if n.op == "call_function" and n.target in TERMS]
+    return [MacTerm(node.name, tuple(sizes)) for node in calls for sizes in TERMS[node.target](axes, node)]
+
+
+def _matmul(axes: Axes, node: fx.Node) -> list[Types]:
+    """The result, and what the left operand contracts."""
+    return [[*axes.of[node], *axes.input(node)[-1:]]]
+
+
+def _add_matmul(axes: Axes, node: fx.Node) -> list[Types]:
+    return [[*axes.of[node], axes.input(node, 1)[-1]]]
+
+
+def _add_batch_matmul(axes: Axes, node: fx.Node) -> list[Types]:
+    batch, _, inner = axes.input(node, 1)
+    return [[batch, *axes.of[node], inner]]
+
+
+def _vector_dot(axes: Axes, node: fx.Node) -> list[Types]:
+    return [broadcast([axes.input(node), axes.input(node, 1)], node.name)]
+
+
+def _attention(axes: Axes, node: fx.Node) -> list[Types]:
+    """The scores, and the mixing of values."""
+    q, k, v = (axes.input(node, i) for i in range(3))
+    return [[*q, k[-2]], [*axes.of[node], v[-2]]]
+
+
+def _convolution(axes: Axes, node: fx.Node) -> list[Types]:
+    """Every result, or every input of a transposed one, meets a window of the other's channels in its group."""
+    a = arguments(node)
+    moved = axes.of[a["input"]] if is_transposed(node, a) else axes.of[node]
+    return [[*moved, *axes.of[a["weight"]][1:]]]
+
+
+TERMS: dict[object, Callable[[Axes, fx.Node], list[Types]]] = {
+    **dict.fromkeys((*MATMULS, aten.linear.default, aten.inner.default), _matmul),
+    **dict.fromkeys((aten._grouped_mm.default, torch.ops.tilecut.grouped_matmul.default), _matmul),
+    **dict.fromkeys((aten.addmm.default, aten.baddbmm.default, aten.addmv.default), _add_matmul),
+    aten.addbmm.default: _add_batch_matmul,
+    aten.linalg_vecdot.default: _vector_dot,
+    **dict.fromkeys((aten.scaled_dot_product_attention.default, torch.ops.tilecut.attention.default), _attention),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+}
 
 
 def count_parameters(graph: Graph) -> int:

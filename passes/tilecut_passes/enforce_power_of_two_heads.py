@@ -14,12 +14,12 @@ from tilecut_passes.legalize_groups import LegalizeGroups
 
 @dataclass(frozen=True)
 class EnforcePowerOfTwoHeads(LegalizeGroups):
-    """Heads (and KV groups, whose query ratio stays) become a power of two in number."""
+    """Heads become a power of two in number; in grouped-query attention both the KV groups and the queries of each."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Heads of plain attention, groups of grouped-query attention."""
-        return ("heads", "kv_groups")
+        """Heads of plain attention; groups and their queries of grouped-query attention."""
+        return ("heads", "kv_groups", "queries")
 
     def wanted_size(self, axes: Axes, group: Group, count: int) -> int:
         """The next power of two up (pad) or down (cut)."""

@@ -43,7 +43,8 @@ class Refusal:
 class Graph:
     """A captured model. `dims` names the symbols of dynamic sizes; `aliases` maps a tied name to the one that is kept.
 
-    `inputs` are the caller's names of the placeholders, in order (fx may have had to rename a node).
+    `inputs` are the caller's names of the placeholders, in order (fx may have had to rename a node). `states` are the
+    inputs that hold a key-value cache, each with the output that continues it: their heads are cut with the model.
     """
 
     module: fx.GraphModule
@@ -53,6 +54,7 @@ class Graph:
     dims: dict[sympy.Symbol, str] = field(default_factory=dict)
     ranges: dict[str, DimRange] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    states: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -122,6 +124,7 @@ class Graph:
             dict(self.dims),
             dict(self.ranges),
             dict(self.aliases),
+            dict(self.states),
             list(self.notes),
             list(self.refusals),
         )
@@ -170,6 +173,11 @@ class Graph:
         mode = self.fake_mode()
         with mode, enable_python_dispatcher(), torch.no_grad():
             _Propagate(self.module, mode).run(*(n.meta["val"] for n in self.placeholders))
+
+    def traced_at(self, symbol: sympy.Symbol) -> int:
+        """The number that a symbol stood for when the model was traced."""
+        sizes = (s for n in self.placeholders for s in n.meta["val"].shape if not isinstance(s, int))
+        return next(s.node.hint for s in sizes if s.node.expr == symbol)
 
     def input_node(self, name: str) -> fx.Node | None:
         """The placeholder of the input called `name`, or None."""
@@ -246,11 +254,26 @@ def size_of(size: Any) -> Size:
     return int(expression) if expression.is_Integer else expression
 
 
+def symbols_of(size: Size) -> set[sympy.Symbol]:
+    """The symbols that a size is made of."""
+    return set() if isinstance(size, int) else cast(set[sympy.Symbol], size.free_symbols)
+
+
 def number_of(size: Size, at: Mapping[sympy.Symbol, int]) -> int:
     """A size as a number, given its symbols' values."""
     if isinstance(size, int):
         return size
     return int(cast(sympy.Integer, size.xreplace({symbol: sympy.Integer(n) for symbol, n in at.items()})))
+
+
+def size_at(size: int | str, sizes: Mapping[str, int]) -> int:
+    """A size of a `TensorSpec` as a number, given those of the named dimensions."""
+    if isinstance(size, int):
+        return size
+    if size in sizes:
+        return sizes[size]
+    expression = cast(Any, sympy.sympify)(size, locals={name: sympy.Symbol(name) for name in sizes})
+    return int(expression.subs({sympy.Symbol(name): n for name, n in sizes.items()}))
 
 
 def value_of(node: fx.Node) -> Any:

@@ -40,19 +40,24 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """A plan for one model: `model` is the fingerprint of its tensor names and shapes."""
+    """A plan for one model: `model` is the fingerprint of its `tensors` (name -> dtype and shape).
+
+    `aliases` maps names of tied tensors to the name that the members use.
+    """
 
     model: str
     groups: tuple[GroupPlan, ...]
     target: str = ""
     at: dict[str, int] = field(default_factory=dict)
     frozen: tuple[Frozen, ...] = ()
+    tensors: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def keep_all(graph: Graph, groups: Iterable[Group]) -> PrunePlan:
         """The plan that cuts nothing."""
         made = tuple(GroupPlan(g.name, g.kind, g.size, tuple(range(g.size)), g.members) for g in groups)
-        return PrunePlan(fingerprint(graph), made)
+        return PrunePlan(fingerprint(graph), made, tensors=shapes(graph), aliases=dict(graph.aliases))
 
     def keeping(self, kept: Mapping[str, Sequence[int]]) -> PrunePlan:
         """This plan with the named groups keeping other units.
@@ -76,11 +81,7 @@ class PrunePlan:
         Raises:
             PlanError: the plan is of another model; the first mismatch is named.
         """
-        if self.model and (mine := fingerprint(graph)) != self.model:
-            # The groups below say what differs; equal groups with another fingerprint differ in a tensor that has none.
-            differs = f"model fingerprint {mine[:12]} is not the plan's {self.model[:12]}"
-        else:
-            differs = ""
+        differs = self._first_difference(graph)
         by_name = {g.name: g for g in groups}
         out = []
         for planned in self.groups:
@@ -112,11 +113,43 @@ class PrunePlan:
             raise PlanError("PrunePlan", "the plan was made for another model", got=differs)
         return out
 
+    def _first_difference(self, graph: Graph) -> str:
+        """The first tensor in which a graph is not the model of the plan; "" where there is none."""
+        if not self.model or (mine := fingerprint(graph)) == self.model:
+            return ""
+        theirs = shapes(graph)
+        for name in sorted(self.tensors.keys() | theirs.keys()):
+            if self.tensors and self.tensors.get(name) != theirs.get(name):
+                return (
+                    f"tensor {name} is {theirs.get(name, 'missing')}, in the plan {self.tensors.get(name, 'missing')}"
+                )
+        return f"model fingerprint {mine[:12]} is not the plan's {self.model[:12]}"
+
+    def for_graph(self, graph: Graph, groups: Sequence[Group]) -> PrunePlan:
+        """This plan for another graph of the same model, which may read a part of its tensors: one step with a cache.
+
+        Raises:
+            PlanError: a tensor differs from the plan's, or a planned group is not one group there.
+        """
+        theirs = shapes(graph)
+        if odd := next((n for n in theirs if n in self.tensors and theirs[n] != self.tensors[n]), None):
+            raise PlanError("PrunePlan", f"tensor {odd} is another one", got=theirs[odd], wanted=self.tensors[odd])
+        made = []
+        for planned in self.groups:
+            own = set(planned.members)
+            met = [g for g in groups if g.kind == planned.kind and own & set(g.members)]
+            if len(met) > 1 or (met and not own >= set(met[0].members)):
+                raise PlanError("PrunePlan", f"group {planned.name} is not one group of this graph", got=met[0].name)
+            made += [replace(planned, name=g.name, members=g.members) for g in met]
+        return replace(self, model=fingerprint(graph), groups=tuple(made), tensors=theirs, aliases=dict(graph.aliases))
+
     def as_json(self) -> dict[str, Any]:
         """The plan as plan.json writes it."""
         return {
             "format": PLAN_FORMAT,
             "model": self.model,
+            "tensors": self.tensors,
+            "aliases": self.aliases,
             "target": self.target,
             "at": self.at,
             "groups": [
@@ -134,7 +167,7 @@ class PrunePlan:
         }
 
     def write(self, path: Path) -> None:
-        """Write plan.json: one line a group."""
+        """Write plan.json: one line a group and a tensor."""
         held = self.as_json()
         groups = ",\n".join("  " + json.dumps(g) for g in held.pop("groups"))
         frozen = ",\n".join("  " + json.dumps(f) for f in held.pop("frozen"))
@@ -193,6 +226,8 @@ class PrunePlan:
                 str(held.get("target", "")),
                 dict(held.get("at", {})),
                 tuple(Frozen(str(f["name"]), str(f["why"])) for f in held.get("frozen", [])),
+                {str(k): str(v) for k, v in held.get("tensors", {}).items()},
+                {str(k): str(v) for k, v in held.get("aliases", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise PlanError(where, f"malformed plan ({type(e).__name__}: {e})") from e
@@ -221,7 +256,12 @@ def _check_units(g: GroupPlan) -> None:
         )
 
 
+def shapes(graph: Graph) -> dict[str, str]:
+    """Dtype and shape of every tensor that the graph reads, by name."""
+    return {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in sorted(graph.tensors.items())}
+
+
 def fingerprint(graph: Graph) -> str:
     """sha256 over the names, dtypes and shapes of the tensors that the graph reads."""
-    rows = sorted(f"{name} {t.dtype} {list(t.shape)}" for name, t in graph.tensors.items())
+    rows = [f"{name} {shape}" for name, shape in shapes(graph).items()]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()

@@ -6,14 +6,17 @@ stand in the plan's order, followed by zeros where the plan pads. Left alone: gr
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.axes.selection import PAD, Selection
 from tilecut_passes.graph import Graph
-from tilecut_passes.plan import PrunePlan
-from tilecut_passes.select_units import select_units
+from tilecut_passes.plan import GroupPlan, PrunePlan
+from tilecut_passes.select_units import select_states, select_units
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,21 @@ class Prune:
         axes = infer(graph)
         units = {}
         for group, planned in self.plan.matched(graph, find_groups(axes)):
-            chosen = [*planned.kept, *[PAD] * (planned.count - len(planned.kept))]
+            chosen = kept(planned)
             if chosen != list(range(group.size)):
                 units[group.axis] = chosen
         return select_units(axes, Selection(units)) if units else 0
+
+
+def as_cut(dense: Graph, plan: PrunePlan) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """A function from the dense graph's inputs or outputs to those of the cut graph: a key-value cache loses heads too."""
+    if not dense.states:
+        return dict
+    axes = infer(dense)
+    selection = Selection({group.axis: kept(planned) for group, planned in plan.matched(dense, find_groups(axes))})
+    return lambda tensors: select_states(axes, selection, tensors)
+
+
+def kept(planned: GroupPlan) -> list[int]:
+    """The old index of every unit that a group has afterwards; PAD where it is new."""
+    return [*planned.kept, *[PAD] * (planned.count - len(planned.kept))]

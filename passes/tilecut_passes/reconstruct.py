@@ -1,6 +1,6 @@
 """Refit the weights behind every gate in closed form, so that the pruned model follows the dense one's trajectory.
 
-Before: a pruned graph made from `dense` (node names agree). After: every linear layer that lost inputs has the weights
+Before: a pruned graph made from `dense` (node names agree). After: every dense layer that lost inputs has the weights
 and bias that solve, over the calibration data,
 
     min_W,b  || X W^T + b - T ||^2 + lambda || W - W0 ||^2,      T = Y_dense - (r_pruned - r_dense)
@@ -16,7 +16,8 @@ makes later branches repair what earlier ones lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,25 +25,32 @@ import torch
 from torch import Tensor, fx, nn
 
 from tilecut_passes.calibration import Batch
+from tilecut_passes.dense_layer import DenseLayer, dense_layer
 from tilecut_passes.graph import Graph, Refusal, execute, is_call, map_nodes, source, value_of
 from tilecut_runtime.errors import CalibrationError
 
 aten = torch.ops.aten
+# Contractions of weights that are no dense layers.
+OTHERS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.convolution.default,
+    torch.ops.tilecut.grouped_matmul.default,
+)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer to refit: its node in the pruned graph and the residual that its output is added to, or None."""
+    """A layer to refit: its node in the pruned graph and the residual that its output is added to, or None."""
 
-    linear: str
-    weight: str
-    bias: str | None
+    node: str
+    layer: DenseLayer
     residual: str | None
 
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Solve every linear layer whose inputs were cut.
+    """Solve every dense layer whose inputs were cut.
 
     Args:
         dense: the graph that the pruned one was made from.
@@ -71,39 +79,35 @@ class Reconstruct:
         return len(sites)
 
     def _solve(self, graph: Graph, site: Site, runs: list[tuple[_Stepper, _Stepper]]) -> None:
-        weight = graph.tensor(site.weight)
+        weight, bias = site.layer.matrix(graph), site.layer.offset(graph)
         width = weight.shape[1]
         # A last column of ones carries the bias.
         gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
         cross = torch.zeros(width + 1, weight.shape[0], dtype=torch.float64)
         for dense, pruned in runs:
-            dense.run_to(site.linear, inclusive=True)
-            pruned.run_to(site.linear, inclusive=False)
-            target = dense.value(site.linear)
+            dense.run_to(site.node, inclusive=True)
+            pruned.run_to(site.node, inclusive=False)
+            target = dense.value(site.node)
             if site.residual is not None:
-                target = target - (pruned.value(site.residual) - dense.value(site.residual))
-            seen = pruned.value(source(pruned.node(site.linear)).name)
+                moved = pruned.value(site.residual) - dense.value(site.residual)
+                target = target - moved.reshape(target.shape)
+            seen = pruned.value(source(pruned.node(site.node), site.layer.x).name)
             x, y = pruned.batch.rows(seen).float(), pruned.batch.rows(target).float()
             if not x.isfinite().all() or not y.isfinite().all():
                 raise CalibrationError(
                     "reconstruct",
-                    f"activations at {site.weight} are not finite",
+                    f"activations at {site.layer.weight} are not finite",
                     fix="look for NaN or infinity in the weights or the calibration data",
                 )
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
             # One batch's products in float32, their sum in float64.
             gram += (x.T @ x).double().cpu()
             cross += (x.T @ y).double().cpu()
-        bias = (
-            graph.tensor(site.bias).double()
-            if site.bias is not None
-            else torch.zeros(weight.shape[0], dtype=torch.float64)
-        )
-        start = torch.cat([weight.double(), bias[:, None]], 1).T
-        solved = _ridge(gram, cross, start, self.ridge, with_bias=site.bias is not None)
-        graph.set_tensor(site.weight, nn.Parameter(solved[:-1].T.contiguous().to(weight.dtype)))
-        if site.bias is not None:
-            graph.set_tensor(site.bias, nn.Parameter(solved[-1].to(weight.dtype).contiguous()))
+        start = torch.cat([weight.double(), bias.double()[:, None]], 1).T
+        solved = _ridge(gram, cross, start, self.ridge, with_bias=site.layer.bias is not None)
+        graph.set_tensor(site.layer.weight, nn.Parameter(site.layer.held(solved[:-1].T.to(weight.dtype))))
+        if site.layer.bias is not None:
+            graph.set_tensor(site.layer.bias, nn.Parameter(solved[-1].to(weight.dtype).contiguous()))
 
 
 def _ridge(gram: Tensor, cross: Tensor, start: Tensor, ridge: float, with_bias: bool) -> Tensor:
@@ -120,70 +124,60 @@ def _ridge(gram: Tensor, cross: Tensor, start: Tensor, ridge: float, with_bias: 
 
 
 def find_sites(dense: Graph, pruned: Graph) -> list[Site]:
-    """Linear layers of the pruned graph with fewer inputs than their dense twin, in graph order."""
-    uses: dict[str, int] = {}
-    for node in pruned.nodes:
-        for read in node.all_input_nodes:
-            if read.op == "get_attr":
-                uses[str(read.target)] = uses.get(str(read.target), 0) + 1
+    """Dense layers of the pruned graph with fewer inputs than their twins in the dense graph, in graph order."""
+    uses = collections.Counter(str(x.target) for n in pruned.nodes for x in n.all_input_nodes if x.op == "get_attr")
     order = {node: i for i, node in enumerate(pruned.nodes)}
-    by_name = {n.name: n for n in dense.nodes}
     sites = []
-    for node in pruned.nodes:
-        if not is_call(node, aten.linear.default):
-            continue
-        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-            continue
-        name = str(weight.target)
-        twin = by_name.get(node.name)
-        if twin is None or dense.tensor(name).shape[1] == pruned.tensor(name).shape[1]:
-            continue
-        bias_name = (
-            str(bias.target)
-            if isinstance(bias, fx.Node) and bias.op == "get_attr" and uses[str(bias.target)] == 1
-            else None
-        )
-        # A weight that several layers share has no one target.
-        if uses[name] == 1 and (bias is None or bias_name is not None):
-            sites.append(Site(node.name, name, bias_name, _residual(node, order)))
+    for node, layer in _narrowed(dense, pruned):
+        # A weight or bias that several layers share has no one target.
+        if layer is not None and uses[layer.weight] == 1 and (layer.bias is None or uses[layer.bias] == 1):
+            sites.append(Site(node.name, layer, _residual(node, order)))
     return sites
 
 
 def find_refusals(dense: Graph, pruned: Graph, sites: Sequence[Site]) -> list[Refusal]:
-    """Contractions whose inputs were cut and that are not refitted: in another op than linear, or with a shared weight."""
-    refitted = {site.linear for site in sites}
-    by_name = {n.name: n for n in dense.nodes}
-    refusals = []
+    """Contractions of weights whose inputs were cut and that are not refitted."""
+    refitted = {site.node for site in sites}
+    return [
+        Refusal("Reconstruct", node.name, "its weight or bias is shared" if layer else "no dense layer: left as it is")
+        for node, layer in _narrowed(dense, pruned)
+        if node.name not in refitted
+    ]
+
+
+def _narrowed(dense: Graph, pruned: Graph) -> Iterator[tuple[fx.Node, DenseLayer | None]]:
+    """Contractions of a weight that has fewer units to sum over than in the dense graph."""
+    twins = {n.name: n for n in dense.nodes}
     for node in pruned.nodes:
-        if not is_call(node, aten.linear.default, aten.addmm.default, aten.mm.default, aten.convolution.default):
+        layer, twin = dense_layer(node), twins.get(node.name)
+        if twin is None:
             continue
-        weight = next((n for n in node.all_input_nodes if n.op == "get_attr" and value_of(n).ndim > 1), None)
-        twin = by_name.get(node.name)
-        if weight is None or twin is None or node.name in refitted:
-            continue
-        inner = 0 if is_call(node, aten.addmm.default, aten.mm.default) else 1
-        name = str(weight.target)
-        if dense.tensor(name).shape[inner] != pruned.tensor(name).shape[inner]:
-            why = "its weight is shared" if is_call(node, aten.linear.default) else "only aten.linear is refitted"
-            refusals.append(Refusal("Reconstruct", node.name, why))
-    return refusals
+        if layer is not None:
+            if layer.matrix(pruned).shape[1] != layer.matrix(dense).shape[1]:
+                yield node, layer
+        elif is_call(node, *OTHERS) and _contracted(node) != _contracted(twin):
+            yield node, None
 
 
-def _residual(linear: fx.Node, order: dict[fx.Node, int]) -> str | None:
+def _contracted(node: fx.Node) -> int:
+    """How many units a convolution or a grouped matmul sums over."""
+    return value_of(source(node)).shape[1]
+
+
+def _residual(layer: fx.Node, order: dict[fx.Node, int]) -> str | None:
     """The tensor that the layer's output is added to, when it is known before the layer runs."""
-    users = list(linear.users)
+    out = layer
+    users = list(out.users)
+    if len(users) == 1 and is_call(users[0], aten.reshape.default):
+        out = users[0]
+        users = list(out.users)
     if len(users) != 1 or not is_call(users[0], aten.add.Tensor) or users[0].kwargs:
         return None
-    others = [x for x in users[0].args if x is not linear]
-    if (
-        len(others) == 1
-        and isinstance(others[0], fx.Node)
-        and others[0].op == "call_function"
-        and order[others[0]] < order[linear]
-    ):
-        return others[0].name
-    return None
+    others = [x for x in users[0].args if x is not out]
+    if len(others) != 1 or not isinstance(others[0], fx.Node) or others[0].op != "call_function":
+        return None
+    known = order[others[0]] < order[layer] and value_of(others[0]).shape == value_of(out).shape
+    return others[0].name if known else None
 
 
 class _Stepper:

@@ -1,6 +1,6 @@
 """Importance by optimal brain surgeon: what a unit's removal costs after the rest has been refitted around it.
 
-At a gate, a linear layer W [O, I] turns activations X into outputs Y. Removing units and refitting the rest changes Y
+At a gate, a dense layer W [O, I] turns activations X into outputs Y. Removing units and refitting the rest changes Y
 by E; what that costs at the model's own outputs is, to second order, tr(M E^T E / n) with M = sum over positions of
 g g^T, g the gradient of the loss (or of a probe of the outputs) at Y: the Fisher information of the layer factors as
 X^T X x M (Martens and Grosse, K-FAC, arXiv 1503.05671). With H = (X^T X + lambda I)^-1 the units R of least cost
@@ -11,7 +11,7 @@ go first, and W and H are updated as if they had been refitted away (Hassibi and
 structured: Kurtic et al., ZipLM, arXiv 2302.04089). Since all layers are priced at the same outputs, the curves can be
 traded against each other in one knapsack, with no table of end-to-end runs. Reconstruction then does the refit.
 
-A group that is contracted anywhere but in linear layers is scored by its gates' Fisher diagonal instead, scaled so
+A group that is contracted anywhere but in dense layers is scored by its gates' Fisher diagonal instead, scaled so
 that both kinds of score say the same of the groups that have both (the median ratio of what losing a whole group costs).
 """
 
@@ -26,14 +26,14 @@ from torch import Tensor, fx
 
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.calibration import Batch
-from tilecut_passes.graph import Graph, is_call, source
+from tilecut_passes.dense_layer import DenseLayer, dense_layer
+from tilecut_passes.graph import Graph, source
 from tilecut_passes.mask import unit_of
 from tilecut_passes.measure_loss import measure_loss
 from tilecut_passes.score import Progress, Ranking
 from tilecut_passes.score_gates import score_fisher
 from tilecut_runtime.errors import CalibrationError
 
-aten = torch.ops.aten
 # lambda, relative to the mean diagonal of X^T X: enough to invert where inputs depend on each other.
 RIDGE = 1e-3
 # Units that go at once: at most this part of the group.
@@ -42,7 +42,7 @@ STEPS = 96
 
 @dataclass
 class _Site:
-    """A linear layer behind a gate, with the statistics of its inputs (with a column of ones) and output gradients."""
+    """A dense layer behind a gate, with the statistics of its inputs (with a column of ones) and output gradients."""
 
     weight: Tensor
     bias: Tensor
@@ -54,12 +54,14 @@ class _Site:
 def score_surgeon(
     graph: Graph, groups: Sequence[Group], batches: Sequence[Batch], seed: int, progress: Progress
 ) -> dict[str, Ranking]:
-    """Removal orders and cost curves of groups whose gates feed linear layers; the others' by Fisher diagonal."""
-    surgical = [g for g in groups if all(_weight_of(graph, sink.node) is not None for sink in g.gates)]
+    """Removal orders and cost curves of groups whose gates feed dense layers; the others' by Fisher diagonal."""
+    layers = {sink.node.name: dense_layer(sink.node) for g in groups for sink in g.gates}
+    surgical = [g for g in groups if all(layers[sink.node.name] is not None for sink in g.gates)]
     others = [g for g in groups if g not in surgical]
     if not surgical:
         return score_fisher(graph, groups, batches, seed, progress)
-    sites = {sink.node.name: _new_site(graph, sink.node) for g in surgical for sink in g.gates}
+    used = {sink.node.name for g in surgical for sink in g.gates}
+    sites = {name: _new_site(graph, layer) for name, layer in layers.items() if layer is not None and name in used}
     steps = len(batches) + len(surgical) + (len(batches) if others else 0)
     generator = torch.Generator().manual_seed(seed)
     for i, batch in enumerate(batches):
@@ -78,25 +80,11 @@ def score_surgeon(
     return {g.name: rankings[g.name] for g in groups}
 
 
-def _weight_of(graph: Graph, node: fx.Node) -> Tensor | None:
-    """The weight [O, I] of a linear layer that reads it straight from a tensor, or None."""
-    if is_call(node, aten.linear.default) and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
-        return graph.tensor(str(node.args[1].target)).detach()
-    return None
-
-
-def _new_site(graph: Graph, node: fx.Node) -> _Site:
-    weight = _weight_of(graph, node)
-    assert weight is not None
+def _new_site(graph: Graph, layer: DenseLayer) -> _Site:
+    weight = layer.matrix(graph)
     out, width = weight.shape
-    bias = node.args[2] if len(node.args) > 2 else None
-    values = (
-        graph.tensor(str(bias.target)).detach()
-        if isinstance(bias, fx.Node) and bias.op == "get_attr"
-        else weight.new_zeros(out)
-    )
     zeros = torch.zeros(width + 1, width + 1, dtype=torch.float64)
-    return _Site(weight, values, zeros, torch.zeros(out, out, dtype=torch.float64))
+    return _Site(weight, layer.offset(graph), zeros, torch.zeros(out, out, dtype=torch.float64))
 
 
 class _Probe(fx.Interpreter):
@@ -108,7 +96,8 @@ class _Probe(fx.Interpreter):
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> object:
-        read = self.env[source(n)] if n.name in self.wanted else None
+        layer = dense_layer(n) if n.name in self.wanted else None
+        read = self.env[source(n, layer.x)] if layer is not None else None
         result = super().run_node(n)
         if read is not None:
             result.retain_grad()

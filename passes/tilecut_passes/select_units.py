@@ -4,13 +4,15 @@ Before: a graph and a selection (leaf -> the units that stay, -1 for a new unit 
 After:
     - parameters and buffers hold the selected slices, under the same names;
     - tensors made in the graph, and constants where they enter an op, are selected from;
-    - the literals of reshape, expand, split, slice and norms say the new sizes.
+    - the literals of reshape, expand, split, slice and norms say the new sizes;
+    - inputs that hold a key-value cache have the new sizes.
 Left alone: everything that no selected leaf is part of; the caller's tensors (new ones are made).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +21,7 @@ from tilecut_passes.axes.axis import Axis, product
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.axes.rules import RESIZE
 from tilecut_passes.axes.selection import Selection, take
+from tilecut_passes.graph import value_of
 
 aten = torch.ops.aten
 
@@ -38,6 +41,11 @@ def select_units(axes: Axes, selection: Selection) -> int:
             graph.set_tensor(
                 name, nn.Parameter(chosen, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else chosen
             )
+            count += 1
+    for name in graph.states:
+        node = graph.input_node(name)
+        if node is not None and any(map(selection.touches, axes.of[node])):
+            _resize_state(axes, selection, node)
             count += 1
     # Literals first: their rules read the arguments that inference typed.
     for node in before:
@@ -59,6 +67,29 @@ def select_units(axes: Axes, selection: Selection) -> int:
                 border.user.replace_input_with(here, picked)
                 here = picked
     return count
+
+
+def _resize_state(axes: Axes, selection: Selection, node: fx.Node) -> None:
+    value = value_of(node)
+    shape = [
+        selection.count(axis) if selection.touches(axis) else size
+        for axis, size in zip(axes.of[node], value.shape, strict=True)
+    ]
+    with axes.graph.fake_mode():
+        node.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+def select_states(axes: Axes, selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dense inputs or outputs as the cut graph has them: of a key-value cache, the units that stay."""
+    graph = axes.graph
+    types = {name: axes.of[node] for name in graph.states if (node := graph.input_node(name)) is not None}
+    types |= {name: axes.of[r] for name, r in zip(graph.outputs, graph.results) if name in graph.states.values()}
+    out = dict(tensors)
+    for name in out.keys() & types.keys():
+        for dim, axis in enumerate(types[name]):
+            if selection.touches(axis):
+                out[name] = take(out[name], dim, selection.indices(axis))
+    return out
 
 
 def _select_in_graph(axes: Axes, selection: Selection, node: fx.Node, dim: int, axis: Axis, before: fx.Node) -> fx.Node:

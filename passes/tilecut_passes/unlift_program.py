@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
+from tilecut_passes.flat_forward import PAST, PRESENT, path_name
 from tilecut_passes.graph import Returns, place_tensor
 from tilecut_runtime.errors import CaptureError
 
@@ -110,8 +111,10 @@ def _outputs(
     )
     names, nodes, notes = [], [], []
     for i, one in enumerate(specs):
-        name = "_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in paths[i]) or "output"
+        name = path_name(paths[i]) or "output"
         name = f"output_{name}" if name[0].isdigit() else name
+        if name.startswith(f"{PAST}_"):
+            name = name.replace(PAST, PRESENT, 1)
         if isinstance(one.arg, TensorArgument):
             # An artifact's tensors have one name each.
             candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))

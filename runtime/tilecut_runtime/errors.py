@@ -63,3 +63,9 @@ class ArtifactError(TilecutError):
 
 class InputError(TilecutError, ValueError):
     """Inputs that do not fit the session: name, dtype, rank or size."""
+
+
+def first_line(error: BaseException | None, limit: int = 300) -> str:
+    """An exception's type and the first line of its message: what one line of ours can quote of another library."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:limit] if lines else 'no message'}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tilecut_runtime.errors import ArtifactError, InputError
+from tilecut_runtime.errors import ArtifactError, InputError, first_line
 from tilecut_runtime.manifest import DimRange, Manifest, TensorSpec
 
 MAX_THREADS = 1024
@@ -221,8 +221,7 @@ def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | Non
 
 def _refused(runtime: str, error: Exception) -> InputError:
     """What a runtime raised on inputs that fit the manifest, in one line."""
-    first = str(error).strip().partition("\n")[0] or type(error).__name__
-    return InputError("Session.run", f"{runtime} cannot run the model on these inputs: {first}")
+    return InputError("Session.run", f"{runtime} cannot run the model on these inputs: {first_line(error)}")
 
 
 def _open_torch(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:

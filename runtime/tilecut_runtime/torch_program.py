@@ -22,9 +22,10 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-# Importing it registers tilecut::attention, which a program may call.
+# Importing them registers the ops of tilecut, which a program may call.
 import tilecut_runtime.attention
-from tilecut_runtime.errors import ArtifactError
+import tilecut_runtime.grouped_matmul
+from tilecut_runtime.errors import ArtifactError, first_line
 from tilecut_runtime.manifest import Manifest
 
 WEIGHTS = "model.safetensors"
@@ -65,11 +66,11 @@ def read_program(path: Path, weights: Path) -> ExportedProgram:
     try:
         program = torch.export.load(path)
     except Exception as e:
-        raise ArtifactError(str(path), f"torch cannot read it ({_first_line(e)})", fix="compile the model again") from e
+        raise ArtifactError(str(path), f"torch cannot read it ({first_line(e)})", fix="compile the model again") from e
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError, ValueError) as e:
-        raise ArtifactError(str(weights), f"safetensors cannot read it ({_first_line(e)})") from e
+        raise ArtifactError(str(weights), f"safetensors cannot read it ({first_line(e)})") from e
 
     def fill(held: dict) -> None:
         for name, meta in held.items():
@@ -90,10 +91,6 @@ def read_program(path: Path, weights: Path) -> ExportedProgram:
     fill(program.state_dict)
     fill(program.constants)
     return program
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
 def _check_archive(path: Path) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import onnx
 
-from tilecut_runtime.errors import ArtifactError
+from tilecut_runtime.errors import ArtifactError, first_line
 from tilecut_runtime.manifest import Rung
-from tilecut_targets.export_program import first_line
 
 
 def check_onnx(folder: Path, name: str) -> Rung:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
-from tilecut_passes.capture import quiet_torch
-from tilecut_passes.graph import Graph
-from tilecut_runtime.errors import LoweringError
+from tilecut_passes.export_model import Shapes, try_remedies
+from tilecut_passes.graph import Graph, size_at
+from tilecut_runtime.errors import LoweringError, first_line
 
 
 def example_inputs(graph: Graph, sizes: dict[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def example_inputs(graph: Graph, sizes: dict[str, int] | None = None, seed: int 
     at = {**{name: min(size, limits.get(name, size)) for name, size in primes.items()}, **(sizes or {})}
     out = {}
     for spec in graph.input_specs():
-        shape = [s if isinstance(s, int) else at[s] for s in spec.shape]
+        shape = [size_at(s, at) for s in spec.shape]
         dtype = getattr(torch, spec.dtype)
         if dtype.is_floating_point:
             out[spec.name] = torch.randn(shape, generator=generator).to(dtype)
@@ -76,22 +76,29 @@ def export_program(graph: Graph, positional: bool = False) -> ExportedProgram:
         LoweringError: torch.export refuses the graph.
     """
     inputs = example_inputs(graph)
-    dims = {name: Dim(name, min=r.min, max=r.max) for name, r in graph.ranges.items()}
-    shapes = {
-        spec.name: {d: dims[s] for d, s in enumerate(spec.shape) if isinstance(s, str)} for spec in graph.input_specs()
+    # A size that is an expression of others gets a name of its own; the trace finds the relation again.
+    dynamic = {
+        spec.name: {
+            d: s if s.isidentifier() else f"{spec.name}_{d}" for d, s in enumerate(spec.shape) if isinstance(s, str)
+        }
+        for spec in graph.input_specs()
     }
-    if positional:
-        module, args, kwargs, dynamic = graph.module, tuple(inputs.values()), {}, tuple(shapes.values())
-    else:
-        module, args, kwargs, dynamic = named_module(graph), (), inputs, shapes
-    try:
-        with quiet_torch():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)  # type: ignore[arg-type]
-    # torch.export raises whatever an op's meta function raises.
-    except Exception as e:
-        raise LoweringError("export_program", f"torch.export refused the graph: {first_line(e)}") from e
 
+    def export(shapes: Shapes, deferred: bool) -> ExportedProgram:
+        if positional:
+            module, args, kwargs, dims = graph.module, tuple(inputs.values()), {}, tuple(shapes.values())
+        else:
+            module, args, kwargs, dims = named_module(graph), (), inputs, shapes
+        return torch.export.export(
+            module,
+            args,
+            kwargs,
+            dynamic_shapes=dims,  # type: ignore[arg-type]
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=deferred,
+        )
 
-def first_line(error: BaseException) -> str:
-    """An exception's type and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300] or 'no message'}"
+    program, _, failure = try_remedies(export, list(inputs), dynamic, graph.ranges)
+    if program is None:
+        raise LoweringError("export_program", f"torch.export refused the graph: {first_line(failure)}") from failure
+    return program

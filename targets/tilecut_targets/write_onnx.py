@@ -15,8 +15,9 @@ import onnx_ir as ir
 import torch
 
 from tilecut_passes.graph import Graph
-from tilecut_runtime.errors import LoweringError
-from tilecut_targets.export_program import export_program, first_line
+from tilecut_runtime.errors import LoweringError, first_line
+from tilecut_targets.export_program import export_program
+from tilecut_targets.translate_grouped_matmul import TRANSLATIONS
 
 # Above this, weights go beside the model: a protobuf file ends at 2 GB.
 EXTERNAL_DATA_BYTES = 1_800_000_000
@@ -53,6 +54,7 @@ def write_onnx(
                 output_names=list(graph.outputs),
                 opset_version=opset,
                 dynamo=True,
+                custom_translation_table=TRANSLATIONS,
                 optimize=True,
                 verbose=False,
             )

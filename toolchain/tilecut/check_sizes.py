@@ -1,7 +1,8 @@
 """Run a captured model at its smallest and its longest sizes before anything is built on them.
 
-A config may promise more positions than the model has rows for (RoBERTa keeps two of its 514 for itself), and an export
-may hold a size for dynamic that the code cannot take. The first lowers the limit, with a note; the second is an error.
+A config may promise more positions than the model has rows for (RoBERTa keeps two of its 514 for itself), a model without
+a config promises nothing, and an export may hold a size for dynamic that the code cannot take. The first two set the
+limit, with a note; the last is an error.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tilecut.make_cases import make_inputs
+from tilecut.make_cases import batch_sizes, make_inputs
 from tilecut_passes.graph import Graph
-from tilecut_runtime.errors import CaptureError
+from tilecut_runtime.errors import CaptureError, first_line
 
 # A model without positions may allow lengths that no one wants to wait for.
 LONGEST = 1024
@@ -24,16 +25,19 @@ def check_sizes(graph: Graph, model: str) -> None:
     Raises:
         CaptureError: the model does not run at its smallest sizes.
     """
-    smallest = max((r.min for name, r in graph.ranges.items() if name != "batch"), default=1)
+    batches = batch_sizes(graph)
+    smallest = max((r.min for name, r in graph.ranges.items() if name not in batches), default=1)
     if failure := _failure(graph, smallest):
         raise CaptureError(
             model,
             f"the captured model does not run at its smallest sizes, {smallest} in every dynamic dimension",
-            got=f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}",
+            got=first_line(failure),
             fix="fix that size: pass dynamic_shapes without it",
         )
-    limits = {name: r.max for name, r in graph.ranges.items() if name != "batch" and r.max is not None}
-    longest = max(limits.values(), default=smallest)
+    limits = {name: r.max for name, r in graph.ranges.items() if name not in batches}
+    if not limits:
+        return
+    longest = max(LONGEST if most is None else most for most in limits.values())
     if longest > LONGEST or not _failure(graph, longest):
         return
     runs, fails = smallest, longest
@@ -41,11 +45,10 @@ def check_sizes(graph: Graph, model: str) -> None:
         middle = (runs + fails) // 2
         runs, fails = (runs, middle) if _failure(graph, middle) else (middle, fails)
     for name, limit in limits.items():
-        if limit > runs:
+        if limit is None or limit > runs:
             graph.ranges[name] = replace(graph.ranges[name], max=runs)
-            graph.notes.append(
-                f"capture: {name} is at most {runs}; the config says {limit}, but the model fails beyond"
-            )
+            said = "" if limit is None else f"; the config says {limit}, but the model fails beyond"
+            graph.notes.append(f"capture: {name} is at most {runs}{said}")
 
 
 def _failure(graph: Graph, length: int) -> Exception | None:

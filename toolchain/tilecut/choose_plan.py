@@ -17,7 +17,9 @@ from tilecut_passes.search import Lattice, Limit, search
 from tilecut_runtime.errors import ConfigError
 from tilecut_targets.target import Target
 
-ATTENTION_KINDS = ("heads", "kv_groups")
+ATTENTION_KINDS = ("heads", "kv_groups", "queries")
+# What `num_heads_keep` counts: every attention has one of the two.
+HEAD_KINDS = ("heads", "kv_groups")
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,11 @@ def _fixed(groups: Sequence[Group], lattice: Lattice, config: PruneConfig) -> di
     wanted = config.num_heads_keep
     if wanted is None:
         return {}
-    if not any(g.kind in ATTENTION_KINDS for g in groups):
+    if not any(g.kind in HEAD_KINDS for g in groups):
         raise ConfigError("PruneConfig", "num_heads_keep is asked for, but no attention can be cut")
     fixed = {}
     for group in groups:
-        if group.kind not in ATTENTION_KINDS:
+        if group.kind not in HEAD_KINDS:
             continue
         if wanted > group.size or not lattice.allows(group.kind, wanted, group.size):
             legal = ", ".join(map(str, lattice.sizes(group.kind, group.size)))

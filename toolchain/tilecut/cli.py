@@ -80,7 +80,7 @@ def compile_(
     num_heads_keep: Annotated[int | None, typer.Option(help="heads that every attention keeps")] = None,
     block: Annotated[int | None, typer.Option(help="widths are multiples of this and of the target's block")] = None,
     power_of_two_heads: Annotated[bool | None, typer.Option(help="head counts are powers of two")] = None,
-    kinds: Annotated[str | None, typer.Option(help="comma-separated: heads,kv_groups,neurons")] = None,
+    kinds: Annotated[str | None, typer.Option(help="comma-separated: heads,kv_groups,queries,neurons")] = None,
     method: Annotated[str | None, typer.Option(help="importance: obs, fisher, taylor or magnitude")] = None,
     reconstruct: Annotated[bool | None, typer.Option(help="refit weights by least squares")] = None,
     sequence: Annotated[int | None, typer.Option(help="tokens at which MACs and latency are counted")] = None,

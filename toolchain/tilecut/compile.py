@@ -10,7 +10,7 @@ import platform
 import re
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,15 @@ from tilecut_passes.example_inputs import DynamicDims
 from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.mask import Mask
-from tilecut_passes.prune import Prune
+from tilecut_passes.prune import Prune, as_cut
 from tilecut_passes.reconstruct import Reconstruct
 from tilecut_passes.run_passes import Pass, PassRecord, largest_error, run_passes
 from tilecut_passes.score import IMPORTANCES, score
-from tilecut_runtime.errors import CaptureError, ConfigError, VerificationError
+from tilecut_runtime.errors import CaptureError, ConfigError, VerificationError, first_line
 from tilecut_runtime.manifest import Manifest, Rung, list_files
 from tilecut_runtime.reference import write_cases
 from tilecut_runtime.torch_program import WEIGHTS, save_program, tensors_of
-from tilecut_targets.export_program import export_program, first_line
+from tilecut_targets.export_program import export_program
 from tilecut_targets.find_target import find_target
 from tilecut_targets.target import Target, rung
 
@@ -191,7 +191,7 @@ def compile_pruned(
         fidelity: dict[str, Any] = {}
         if calibrated is not None:
             with progress.stage("fidelity"):
-                fidelity = measure_fidelity(dense, pruned, calibrated.held_out)
+                fidelity = measure_fidelity(dense, pruned, calibrated.held_out, as_cut(dense, plan))
         latency: dict[str, Any] = {"status": "not measured"}
         if measure:
             with progress.stage("latency"), tempfile.TemporaryDirectory() as scratch:
@@ -320,12 +320,13 @@ def _cut_equals_masked(dense: Graph, pruned: Graph, plan: Any) -> Rung:
     masked = dense.copy()
     run_passes(masked, [Mask(plan)])
     detail = "before reconstruction, random inputs at two shapes"
-    worst = _difference(dense, masked, pruned)
+    cut = as_cut(dense, plan)
+    worst = _difference(dense, masked, pruned, cut)
     if not worst <= CUT_TOLERANCE:
         # Weights far from what training leaves make float32 itself differ by more: then float64 tells.
         detail += f"; in float64, since float32 rounds to {worst:.0e} in this model"
         try:
-            worst = _difference(dense, masked.in_double(), pruned.in_double(), torch.float64)
+            worst = _difference(dense, masked.in_double(), pruned.in_double(), cut, torch.float64)
         except RuntimeError as e:
             # A cast inside the model keeps some of it in float32.
             log.debug("cannot compare in float64: %s", e)
@@ -340,12 +341,18 @@ def _cut_equals_masked(dense: Graph, pruned: Graph, plan: Any) -> Rung:
     return rung("cut equals masked dense", worst, CUT_TOLERANCE, detail)
 
 
-def _difference(dense: Graph, masked: Graph, pruned: Graph, dtype: torch.dtype | None = None) -> float:
+def _difference(
+    dense: Graph,
+    masked: Graph,
+    pruned: Graph,
+    cut: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]],
+    dtype: torch.dtype | None = None,
+) -> float:
     worst = 0.0
     for i, (batch, length) in enumerate(CUT_SHAPES):
         inputs = make_inputs(dense, batch, length, seed=100 + i)
         inputs = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in inputs.items()}
-        worst = max(worst, largest_error(masked.run(inputs), pruned.run(inputs)))
+        worst = max(worst, largest_error(cut(masked.run(inputs)), pruned.run(cut(inputs))))
     return worst
 
 

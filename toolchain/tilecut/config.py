@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tilecut_passes.score import IMPORTANCES
 from tilecut_runtime.errors import ConfigError
 
-KINDS = ("heads", "kv_groups", "neurons")
+KINDS = ("heads", "kv_groups", "queries", "neurons")
 AT = {"batch": 1, "sequence": 128, "threads": 1}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tilecut_passes.calibration import Batch
-from tilecut_passes.graph import Graph, is_call, source, value_of
+from tilecut_passes.graph import Graph, is_call, size_at, source, value_of
 from tilecut_runtime.reference import Case
 
 # (batch, length) of the cases; lengths are cut to what the model allows.
@@ -18,12 +18,14 @@ SIZES = ((1, 1), (1, 8), (2, 13), (5, 64), (8, 256), (1, 512))
 def make_inputs(graph: Graph, batch: int, length: int, seed: int, ragged: bool = True) -> dict[str, Tensor]:
     """Random inputs: ids from the embedding that reads them, masks right-padded to random lengths (the first row whole).
 
-    Every dynamic size other than the batch is `length`, within its own range.
+    Every dynamic size that is not the first of its inputs is `length`, within its own range.
     """
+    batches = batch_sizes(graph)
+    sizes = {name: _within(graph, name, batch if name in batches else length) for name in graph.dims.values()}
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for name, node, spec in zip(graph.inputs, graph.placeholders, graph.input_specs(), strict=True):
-        shape = [s if isinstance(s, int) else _size(graph, s, batch, length) for s in spec.shape]
+        shape = [size_at(s, sizes) for s in spec.shape]
         dtype = getattr(torch, spec.dtype)
         tables = [source(u) for u in node.users if is_call(u, torch.ops.aten.embedding.default) and u.args[1] is node]
         rows = min((int(value_of(t).shape[0]) for t in tables), default=2)
@@ -39,9 +41,13 @@ def make_inputs(graph: Graph, batch: int, length: int, seed: int, ragged: bool =
     return out
 
 
-def _size(graph: Graph, name: str, batch: int, length: int) -> int:
+def batch_sizes(graph: Graph) -> set[object]:
+    """Names of the sizes that count independent rows: the first dimension of an input."""
+    return {spec.shape[0] for spec in graph.input_specs() if spec.shape}
+
+
+def _within(graph: Graph, name: str, wanted: int) -> int:
     limits = graph.ranges[name]
-    wanted = batch if name == "batch" else length
     return max(limits.min, wanted if limits.max is None else min(wanted, limits.max))
 
 

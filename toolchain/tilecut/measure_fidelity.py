@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,15 @@ from tilecut_passes.graph import Graph
 from tilecut_passes.measure_loss import task_loss
 
 
-def measure_fidelity(dense: Graph, pruned: Graph, batches: Sequence[Batch]) -> dict[str, Any]:
+def measure_fidelity(
+    dense: Graph,
+    pruned: Graph,
+    batches: Sequence[Batch],
+    cut: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
+) -> dict[str, Any]:
     """Mean cosine and relative error of every floating output; with labels, loss and accuracy of both models too.
+
+    `cut` makes the dense model's inputs and outputs those of the pruned one (see `as_cut`).
 
     Padded positions do not count. Cosine is over the last dimension, averaged over rows.
     """
@@ -21,7 +28,7 @@ def measure_fidelity(dense: Graph, pruned: Graph, batches: Sequence[Batch]) -> d
     squared: dict[str, list[float]] = {}
     task: dict[str, list[float]] = {}
     for batch in batches:
-        want, got = dense.run(batch.inputs), pruned.run(batch.inputs)
+        want, got = cut(dense.run(batch.inputs)), pruned.run(cut(batch.inputs))
         for name, a in want.items():
             if not a.is_floating_point() or a.ndim == 0:
                 continue

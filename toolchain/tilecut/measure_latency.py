@@ -32,6 +32,8 @@ def measure_latency(
 
     A target whose runtime is not on this machine is reported as not run, never guessed.
     """
+    if dense.states:
+        return {"status": "not run", "why": "a pruned key-value cache is another input than the dense model's"}
     threads = at.get("threads", 1)
     contenders = target.contenders(dense, folder, manifest, threads, scratch)
     if contenders is None:

@@ -6,7 +6,8 @@ multiplying by a 0/1 mask equals removing units) and a kind, which comes from wh
     heads      batches an attention; where an outer factor batches it too, the outer is kv_groups, the inner queries
     qk_width   contracted between queries and keys
     vo_width   the width of the values
-    hidden     a norm's statistics run over it
+    hidden     a norm's statistics run over it, so that removing a unit is not masking it
+    experts    batches a product with a weight
     neurons    anything else that is contracted
 """
 
@@ -120,7 +121,7 @@ def _owner(parameters: list[str]) -> str:
 
 
 def _kind(leaf: Axis, dims: list[Axis]) -> str:
-    if "norm" in leaf.roles and not leaf.roles & {"qk", "vo"}:
+    if "norm" in leaf.roles:
         return "hidden"
     if "head" in leaf.roles:
         for axis in dims:
@@ -129,6 +130,8 @@ def _kind(leaf: Axis, dims: list[Axis]) -> str:
                 if leaf in heads and len(heads) > 1:
                     return "kv_groups" if heads[0] is leaf else "queries"
         return "heads"
+    if "expert" in leaf.roles:
+        return "experts"
     if leaf.roles & {"qk", "vo"}:
         return "qk_width" if "qk" in leaf.roles else "vo_width"
     return "neurons"

@@ -10,7 +10,7 @@ An op without a rule freezes every dimension that it touches and says so: nothin
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -64,6 +64,8 @@ class Axes:
     sinks: list[Sink] = field(default_factory=list)
     borders: list[Border] = field(default_factory=list)
     constants: set[fx.Node] = field(default_factory=set)
+    # Parameters, and what is computed from nothing else.
+    weights: set[fx.Node] = field(default_factory=set)
 
     def input(self, node: fx.Node, index: int = 0) -> Types:
         """The types of a call's argument `index`."""
@@ -98,18 +100,27 @@ def infer(graph: Graph) -> Axes:
     from tilecut_passes.axes.rules import RULES
 
     axes = Axes(graph)
+    states = {graph.input_node(name) for name in graph.states}
     for node in graph.nodes:
         value = value_of(node)
         is_parameter = node.op == "get_attr" and isinstance(graph.tensor(str(node.target)), nn.Parameter)
-        if not is_parameter and all(x in axes.constants for x in node.all_input_nodes):
+        is_state = node in states
+        # A number, such as the length of a cache, carries no units.
+        is_number = node.op == "call_function" and not isinstance(value, Tensor | tuple | list)
+        if is_number or not (is_parameter or is_state or any(x not in axes.constants for x in node.all_input_nodes)):
             axes.constants.add(node)
+        read = [x for x in node.all_input_nodes if axes.of[x] is not None]
+        if is_parameter or (read and axes.weights.issuperset(read)):
+            axes.weights.add(node)
         if node.op == "placeholder":
-            axes.of[node] = [a.freeze("input of the model") for a in fresh(value)]
+            axes.of[node] = fresh(cast(Tensor, value))
+            freeze_interface(axes.of[node], is_state, "input of the model")
         elif node.op == "get_attr":
-            axes.of[node] = axes.tensors.setdefault(str(node.target), fresh(value))
+            axes.of[node] = axes.tensors.setdefault(str(node.target), fresh(cast(Tensor, value)))
         elif node.op == "output":
-            for result in node.all_input_nodes:
-                freeze_all(axes.of[result], "output of the model")
+            continued = set(graph.states.values())
+            for name, result in zip(graph.outputs, graph.results):
+                freeze_interface(axes.of[result], name in continued, "output of the model")
         else:
             axes.of[node] = _apply(axes, node, value, RULES)
     return axes
@@ -144,7 +155,7 @@ def elementwise(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
 def broadcast(operands: list[Types], why: str) -> Types:
     """Unify right-aligned dimensions; those of size 1 stretch."""
     out: Types = []
-    for d in range(-max(map(len, operands)), 0):
+    for d in range(-max(map(len, operands), default=0), 0):
         here = [one[d] for one in operands if len(one) >= -d and one[d].root.size != 1]
         for other in here[1:]:
             unify(here[0], other, why)
@@ -157,6 +168,39 @@ def fresh(value: Tensor) -> Types:
     return [Axis(size) for size in sizes_of(value)]
 
 
+def op_name(node: fx.Node) -> str:
+    """The name of a call's op, without its overload."""
+    return cast(torch._ops.OpOverload, node.target)._opname
+
+
+def dims_of(asked: int | Sequence[int] | None, rank: int) -> list[int]:
+    """The dimensions that an argument names, counted from 0; None and an empty list name all of them."""
+    named = range(rank) if asked is None or asked == [] else [asked] if isinstance(asked, int) else asked
+    return sorted({d % rank for d in named}) if rank else []
+
+
+def freeze_along(axes: Axes, node: fx.Node, dims: Iterable[int], why: str) -> Types:
+    """Freeze the named dimensions of the input and of a result of the same rank; the others pass through."""
+    x, value = axes.input(node), value_of(node)
+    out = fresh(value if isinstance(value, Tensor) else value[0])
+    chosen = {d % len(x) for d in dims} if x else set()
+    for d in chosen:
+        x[d].freeze(why)
+        out[d].freeze(why)
+    return [out[d] if d in chosen else axis for d, axis in enumerate(x)]
+
+
+def for_each_result(node: fx.Node, types: Types) -> NodeTypes:
+    """`types` for every result of a node that may have several."""
+    value = value_of(node)
+    return types if isinstance(value, Tensor) else [list(types) for _ in value]
+
+
+def result_is_used(node: fx.Node, index: int) -> bool:
+    """Whether anything reads result `index` of a call with several."""
+    return any(user.args[1] == index and user.users for user in node.users)
+
+
 def fresh_types(value: Any) -> NodeTypes:
     """New leaves for whatever a node returns."""
     if isinstance(value, Tensor):
@@ -164,6 +208,13 @@ def fresh_types(value: Any) -> NodeTypes:
     if isinstance(value, tuple | list):
         return [fresh(v) if isinstance(v, Tensor) else None for v in value]
     return None
+
+
+def freeze_interface(types: Types, is_state: bool, why: str) -> None:
+    """Freeze what the caller sees; a cache belongs to the model, and only its dynamic sizes are the caller's."""
+    for axis in types:
+        if not is_state or not axis.root.is_static:
+            axis.freeze(why)
 
 
 def freeze_all(types: Any, why: str) -> None:

@@ -1,4 +1,4 @@
-"""Rules for ops that sum a dimension away between two operands: linear, matmul, attention, convolution; and embedding.
+"""Rules for ops that sum a dimension away between two operands: linear, matmul, attention; and for tables.
 
 The contracted dimensions of both operands are one, and the activation's side is recorded as a sink: multiplying it by
 0 or 1 there is what removing units means.
@@ -12,48 +12,96 @@ import torch
 from torch import fx
 
 from tilecut_passes.axes.axis import divide, regroup, unify
-from tilecut_passes.axes.infer import Axes, NodeTypes, Types, broadcast, fresh
+from tilecut_passes.axes.infer import (
+    Axes,
+    NodeTypes,
+    Types,
+    broadcast,
+    freeze_all,
+    fresh_types,
+    op_name,
+    result_is_used,
+)
 from tilecut_passes.graph import source, value_of
 
-# Importing it registers tilecut::attention.
+# Importing them registers tilecut's ops.
 from tilecut_runtime import attention as _attention_op
+from tilecut_runtime import grouped_matmul as _grouped_matmul_op
 
 aten = torch.ops.aten
-assert _attention_op
+assert _attention_op and _grouped_matmul_op
 
 
 def linear(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
-    """[.., I] x [O, I] + [O] -> [.., O]."""
+    """[.., I] x [O, I] + [O] -> [.., O]; a weight of one dimension has no O."""
     x, w = axes.of[a["input"]], axes.of[a["weight"]]
-    unify(x[-1], w[1], node.name)
+    unify(x[-1], w[-1], node.name)
     axes.sink(node, 0, -1)
-    if a["bias"] is not None:
-        unify(axes.of[a["bias"]][0], w[0], node.name)
-    return [*x[:-1], w[0]]
+    out = [*x[:-1], *w[:-1]]
+    return out if a["bias"] is None else broadcast([out, axes.of[a["bias"]]], node.name)
 
 
-def matmul(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
-    """[.., M, K] x [.., K, N] -> [.., M, N]."""
+def matmul(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """[.., M, K] x [.., K, N] -> [.., M, N]; a vector has no M or N (mv, dot)."""
     return _matmul(axes, node, 0)
 
 
-def add_matmul(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
-    """addmm, baddbmm: a matmul with a first operand that is added."""
-    out = _matmul(axes, node, 1)
-    added = axes.operand(node, source(node))
-    return broadcast([cast(Types, out), added], node.name)
+def add_matmul(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """addmm, baddbmm, addmv: a matmul with a first operand that is added."""
+    return broadcast([_matmul(axes, node, 1), axes.operand(node, source(node))], node.name)
 
 
-def _matmul(axes: Axes, node: fx.Node, first: int) -> NodeTypes:
+def _matmul(axes: Axes, node: fx.Node, first: int) -> Types:
     left, right = axes.input(node, first), axes.input(node, first + 1)
-    if len(left) < 2 or len(right) < 2:
-        return axes.unknown(node, "matmul with a vector")
-    batch = broadcast([left[:-2], right[:-2]], node.name) if len(left) > 2 or len(right) > 2 else []
-    unify(left[-1], right[-2], node.name)
+    inner = right[-2] if len(right) > 1 else right[-1]
+    unify(left[-1], inner, node.name)
     axes.sink(node, first, -1)
-    if len(left) > 2 and len(right) > 2:
+    batch = broadcast([left[:-2], right[:-2]], node.name)
+    if not axes.weights.isdisjoint((source(node, first), source(node, first + 1))):
+        # A matrix for each of the batch: experts, or a dense layer in another spelling.
+        for axis in batch:
+            axis.mark("expert")
+    elif len(left) > 2 and len(right) > 2:
         _mark_attention(batch, left[-1], right[-1])
-    return [*batch, left[-2], right[-1]]
+    return [*batch, *left[-2:-1], *(right[-1:] if len(right) > 1 else [])]
+
+
+def add_batch_matmul(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """addbmm: [B, M, K] x [B, K, N] summed over B too, and added."""
+    left, right = axes.of[a["batch1"]], axes.of[a["batch2"]]
+    unify(left[0], right[0], node.name)
+    unify(left[2], right[1], node.name)
+    axes.sink(node, 1, 0)
+    axes.sink(node, 1, 2)
+    return broadcast([[left[1], right[2]], axes.operand(node, source(node))], node.name)
+
+
+def inner_product(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
+    """[.., K] x [~, K] -> [.., ~]."""
+    left, right = axes.input(node), axes.input(node, 1)
+    if not left or not right:
+        return axes.unknown(node, "inner product with a number")
+    unify(left[-1], right[-1], node.name)
+    axes.sink(node, 0, -1)
+    return [*left[:-1], *right[:-1]]
+
+
+def vector_dot(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
+    """linalg_vecdot: an elementwise product summed over one dimension."""
+    left, right = axes.input(node), axes.input(node, 1)
+    if len(left) != len(right) or left[a["dim"]].root.size != right[a["dim"]].root.size:
+        return axes.unknown(node, "vecdot that stretches")
+    out, d = broadcast([left, right], node.name), a["dim"] % len(left)
+    axes.sink(node, 0, d)
+    return [*out[:d], *out[d + 1 :]]
+
+
+def outer(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """outer, addr: [M] x [N] -> [M, N]."""
+    added = [axes.operand(node, source(node))] if op_name(node) == "addr" else []
+    first = len(added)
+    vectors = [axes.operand(node, source(node, i))[0] for i in (first, first + 1)]
+    return broadcast([vectors, *added], node.name)
 
 
 def _mark_attention(batch: Types, qk: Any, vo: Any) -> None:
@@ -97,19 +145,18 @@ def embedding(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     return [*axes.of[a["indices"]], weight[1]]
 
 
-def convolution(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
-    """[B, I, ..] x [O, I, ..] -> [B, O, ..], without channel groups."""
-    x, weight = axes.of[a["input"]], axes.of[a["weight"]]
-    if a["groups"] != 1:
-        return axes.unknown(node, "convolution with channel groups")
-    unify(x[1], weight[1], node.name)
-    axes.sink(node, 0, 1)
-    if a["bias"] is not None:
-        unify(axes.of[a["bias"]][0], weight[0], node.name)
-    out = fresh(value_of(node))
-    for axis in (*x[2:], *weight[2:], *out[2:]):
-        axis.freeze("convolution window")
-    return [x[0], weight[0], *out[2:]]
+def embedding_bag(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
+    """Rows of a table summed per bag; the results beside the first are bookkeeping."""
+    if any(result_is_used(node, i) for i in range(1, 4)):
+        return axes.unknown(node, "the bookkeeping of embedding_bag is read")
+    weight = axes.of[a["weight"]]
+    weight[0].freeze("vocabulary")
+    for name in ("indices", "offsets", "per_sample_weights"):
+        if a[name] is not None:
+            freeze_all(axes.of[a[name]], "bags run over it")
+    bags, *others = cast(list[Types], fresh_types(value_of(node)))
+    bags[0].freeze("bags")
+    return [[bags[0], weight[1]], *others]
 
 
 def grouped_matmul(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
@@ -123,18 +170,33 @@ def grouped_matmul(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
     return [x[0], weight[2]]
 
 
+MATMULS = (
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.mm.default,
+    aten.mv.default,
+    aten.dot.default,
+    aten.vdot.default,
+)
+
 RULES = {
     aten.linear.default: linear,
-    aten.matmul.default: matmul,
-    aten.bmm.default: matmul,
-    aten.mm.default: matmul,
+    **dict.fromkeys(MATMULS, matmul),
     aten.addmm.default: add_matmul,
     aten.baddbmm.default: add_matmul,
+    aten.addmv.default: add_matmul,
+    aten.addbmm.default: add_batch_matmul,
+    aten.inner.default: inner_product,
+    aten.linalg_vecdot.default: vector_dot,
+    aten.outer.default: outer,
+    aten.ger.default: outer,
+    aten.addr.default: outer,
     aten.scaled_dot_product_attention.default: attention,
     torch.ops.tilecut.attention.default: attention,
     aten.embedding.default: embedding,
-    aten.conv1d.default: convolution,
-    aten.conv2d.default: convolution,
-    aten.convolution.default: convolution,
+    aten.embedding_bag.default: embedding_bag,
+    aten.embedding_bag.padding_idx: embedding_bag,
+    aten._embedding_bag.default: embedding_bag,
     aten._grouped_mm.default: grouped_matmul,
+    torch.ops.tilecut.grouped_matmul.default: grouped_matmul,
 }

@@ -1,11 +1,10 @@
-"""Rules for ops that only rearrange: reshape, transpose, expand, repeat, slice, split, cat, stack.
+"""Rules for ops that only rearrange whole dimensions: reshape, transpose, expand, repeat, copies.
 
 Beside each rule stands what becomes of the op's integer literals when units are selected.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -14,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from tilecut_passes.axes.axis import Axis, concat, cut_at, divide, multiply, product, regroup, unify
-from tilecut_passes.axes.infer import Axes, Types, broadcast, fresh
+from tilecut_passes.axes.axis import Axis, divide, multiply, product, regroup, unify
+from tilecut_passes.axes.infer import Axes, NodeTypes, Types, broadcast, dims_of, fresh
 from tilecut_passes.axes.selection import Selection
 from tilecut_passes.graph import arguments, value_of
 
@@ -27,7 +26,7 @@ def same(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     return axes.input(node)
 
 
-def reshape(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Any:
+def reshape(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
     """Split and join: the row-major factors of the input, regrouped."""
     source = axes.input(node)
     sizes = [axis.size for axis in fresh(value_of(node))]
@@ -35,11 +34,29 @@ def reshape(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Any:
     return axes.unknown(node, "reshape mixes dimensions that have no common factors") if out is None else out
 
 
+def reshape_as(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
+    """A reshape to the dimensions of another tensor."""
+    out = reshape(axes, node, a)
+    for axis, other in zip(cast(Types, out), axes.operand(node, a["other"]), strict=True):
+        unify(axis, other, node.name)
+    return out
+
+
 def transpose(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     """Two dimensions swapped."""
-    out = list(axes.input(node))
-    i, j = a["dim0"], a["dim1"]
-    out[i], out[j] = out[j], out[i]
+    return swapped(axes.input(node), *(a[name] for name in a if name != "self"))
+
+
+def transpose_matrix(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """The last two dimensions swapped."""
+    return swapped(axes.input(node), -2, -1)
+
+
+def swapped(types: Types, i: int, j: int) -> Types:
+    """The types with two of them swapped."""
+    out = list(types)
+    if out:
+        out[i], out[j] = out[j], out[i]
     return out
 
 
@@ -53,6 +70,18 @@ def permute(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     return [axes.input(node)[d] for d in a["dims"]]
 
 
+def movedim(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """Named dimensions moved to named places; the others keep their order."""
+    x = axes.input(node)
+    taken, places = (
+        [d % len(x) for d in ([a[k]] if isinstance(a[k], int) else a[k])] for k in ("source", "destination")
+    )
+    order = [d for d in range(len(x)) if d not in taken]
+    for place, d in sorted(zip(places, taken, strict=True)):
+        order.insert(place, d)
+    return [x[d] for d in order]
+
+
 def unsqueeze(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     """A dimension of size 1 more."""
     out = list(axes.input(node))
@@ -63,10 +92,16 @@ def unsqueeze(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
 def squeeze(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     """Dimensions of size 1 less."""
     source = axes.input(node)
-    asked = a.get("dim")
-    dims = range(len(source)) if asked is None else [asked] if isinstance(asked, int) else asked
-    dropped = {d % len(source) for d in dims}
+    dropped = set() if a.get("dim") == [] else {*dims_of(a.get("dim"), len(source))}
     return [axis for d, axis in enumerate(source) if d not in dropped or axis.root.size != 1]
+
+
+def at_least(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
+    """atleast_2d and atleast_3d: dimensions of size 1 before a vector, and a last one."""
+    x = axes.input(node)
+    rank = value_of(node).ndim
+    before = [Axis(1)] * (min(rank, 2) - len(x))
+    return [*before, *x, *[Axis(1)] * (rank - len(before) - len(x))]
 
 
 def expand(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
@@ -78,104 +113,41 @@ def expand(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     return out
 
 
-def repeat(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
-    """Each dimension repeated: the repetition is a frozen factor outside (repeat) or inside (repeat_interleave)."""
+def expand_as(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """Size 1 stretches to the other tensor's dimension."""
+    return broadcast([axes.operand(node, a["other"]), axes.input(node)], node.name)
+
+
+def repeat(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
+    """Each dimension repeated: the repetition is a frozen factor outside (repeat, tile) or inside (repeat_interleave)."""
     source, out = axes.input(node), fresh(value_of(node))
+    if len(out) < len(source):
+        return axes.unknown(node, "repeat_interleave of a flattened tensor")
+    inside = node.target is aten.repeat_interleave.self_int
     padded = [Axis(1)] * (len(out) - len(source)) + list(source)
     made = []
     for new, old in zip(out, padded):
         times = Axis(divide(new.size, old.root.size) or new.size).freeze("repeat")
-        made.append(product([times, old] if node.target is aten.repeat.default else [old, times]))
+        made.append(product([old, times] if inside else [times, old]))
     return made
 
 
-def select(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
-    """One index of a dimension, which is frozen."""
-    source = axes.input(node)
-    source[a["dim"]].freeze("one index of it is selected")
-    return [axis for d, axis in enumerate(source) if d != a["dim"] % len(source)]
+def broadcast_tensors(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
+    """Every tensor stretched to the common dimensions."""
+    out = broadcast([axes.operand(node, x) for x in a["tensors"]], node.name)
+    return [list(out) for _ in a["tensors"]]
 
 
-def unbind(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Every index of a dimension, which is frozen."""
-    source = axes.input(node)
-    source[a["dim"]].freeze("unbind")
-    rest = [axis for d, axis in enumerate(source) if d != a["dim"] % len(source)]
-    return [list(rest) for _ in value_of(node)]
+def as_complex(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """The last dimension holds real and imaginary parts."""
+    *rest, parts = axes.input(node)
+    parts.freeze("real and imaginary part")
+    return rest
 
 
-def slice_(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Any:
-    """A static range makes a concatenation; a whole stride makes a product."""
-    source, dim = axes.input(node), a["dim"] % len(axes.input(node))
-    axis, out = source[dim].root, fresh(value_of(node))
-    if out[dim].size == axis.size:
-        return source
-    kept = [*source[:dim], out[dim], *source[dim + 1 :]]
-    if not isinstance(axis.size, int) or not all(isinstance(a[k], int) or a[k] is None for k in ("start", "end")):
-        axis.freeze("slice with a dynamic bound")
-        out[dim].freeze("slice with a dynamic bound")
-        return kept
-    low, high = slice_bounds(a, axis.size)
-    if a["step"] != 1:
-        start = a["start"] or 0
-        whole = axis.size % a["step"] == 0 and start < a["step"] and high == axis.size
-        got = regroup(axis.factors, [axis.size // a["step"], a["step"]]) if whole else None
-        if got is None:
-            return axes.unknown(node, "slice with a step that is no whole stride")
-        got[1].freeze("strided slice")
-        kept[dim] = got[0]
-        return kept
-    if low >= high:
-        kept[dim] = Axis(0)
-        return kept
-    marks = sorted({0, low, high, axis.size})
-    got = cut_at(axis, marks)
-    if got is None:
-        return axes.unknown(node, "slice through the middle of a factor")
-    kept[dim] = got[marks.index(low)]
-    return kept
-
-
-def slice_bounds(a: dict[str, Any], size: int) -> tuple[int, int]:
-    """Start and end of a slice as Python would clamp them."""
-    low, high, _ = slice(a["start"], a["end"]).indices(size)
-    return low, max(low, high)
-
-
-def split(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Pieces of a concatenation."""
-    source = axes.input(node)
-    dim = a["dim"] % len(source)
-    sizes = [fresh(v)[dim].size for v in value_of(node)]
-    if all(isinstance(s, int) for s in sizes):
-        got = cut_at(source[dim], list(itertools.accumulate(map(int, sizes), initial=0)))
-        if got is not None:
-            return [[*source[:dim], g, *source[dim + 1 :]] for g in got]
-    return axes.unknown(node, "split through the middle of a factor")
-
-
-def cat(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
-    """A concatenation along `dim`; the other dimensions are one."""
-    parts = [axes.of[x] for x in a["tensors"]]
-    # An empty 1-D tensor is the neutral element of torch.cat, whatever the rank of the others.
-    parts = [p for p in parts if len(p) > 1 or p[0].root.size != 0] or parts
-    dim = a["dim"] % len(parts[0])
-    out = []
-    for d in range(len(parts[0])):
-        if d == dim:
-            out.append(concat([p[d] for p in parts if p[d].root.size != 0]))
-            continue
-        for part in parts[1:]:
-            unify(parts[0][d], part[d], node.name)
-        out.append(parts[0][d])
-    return out
-
-
-def stack(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
-    """The tensors are one another's; the new dimension is frozen."""
-    out = broadcast([axes.of[x] for x in a["tensors"]], node.name)
-    out.insert(a["dim"] % (len(out) + 1), Axis(len(a["tensors"])).freeze("stack"))
-    return out
+def as_real(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """A last dimension of real and imaginary parts more."""
+    return [*axes.input(node), Axis(2).freeze("real and imaginary part")]
 
 
 def resize_shape(axes: Axes, node: fx.Node, selection: Selection, sizes: list[Any], dims: Types) -> list[Any]:
@@ -196,6 +168,15 @@ def _resize(axes: Axes, node: fx.Node, selection: Selection, size: Any, axis: Ax
         return axes.graph.fx.call_function(operator.mul, (outer, after))
 
 
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Give a call another value for the argument of that name."""
+    names = [argument.name for argument in cast(torch._ops.OpOverload, node.target)._schema.arguments]
+    if names.index(name) < len(node.args):
+        node.update_arg(names.index(name), value)
+    else:
+        node.update_kwarg(name, value)
+
+
 def resize_reshape(axes: Axes, node: fx.Node, selection: Selection) -> None:
     """reshape and expand: the target shape."""
     node.update_arg(1, resize_shape(axes, node, selection, list(cast(Sequence[Any], node.args[1])), axes.of[node]))
@@ -210,75 +191,66 @@ def resize_unflatten(axes: Axes, node: fx.Node, selection: Selection) -> None:
     )
 
 
-def resize_split(axes: Axes, node: fx.Node, selection: Selection) -> None:
-    """split and chunk: every piece's own size."""
-    dim = arguments(node)["dim"] % len(axes.input(node))
-    pieces = [types[dim] for types in axes.of[node]]
-    if any(selection.touches(piece) for piece in pieces):
-        node.target = aten.split_with_sizes.default
-        node.args, node.kwargs = (node.args[0], [selection.count(piece) for piece in pieces], dim), {}
-
-
-def resize_slice(axes: Axes, node: fx.Node, selection: Selection) -> None:
-    """slice: its bounds count the units that stay below them."""
-    a = arguments(node)
-    dim = a["dim"] % len(axes.input(node))
-    axis = axes.input(node)[dim].root
-    if not isinstance(axis.size, int) or not selection.touches(axis) or a["step"] != 1:
-        return
-    low, high = slice_bounds(a, axis.size)
-    # The slice is made of whole pieces, padding included: count the pieces before it and inside it.
-    marks = sorted({0, low, high, axis.size})
-    parts = dict(zip(marks, cut_at(axis, marks) or []))
-    counts = {mark: selection.count(part) for mark, part in parts.items()}
-    new_low = sum(n for mark, n in counts.items() if mark < low)
-    new_high = sum(n for mark, n in counts.items() if mark < high)
-    leading = node.args[:1] if node.target is aten.slice.Tensor else node.args[:2]
-    node.args, node.kwargs = (*leading, dim, new_low, new_high), {}
-
+COPIES = (
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.atleast_1d.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.lift_fresh_copy.default,
+    aten.real.default,
+    aten.imag.default,
+)
 
 RULES = {
-    aten.dropout.default: same,
-    aten.contiguous.default: same,
-    aten.clone.default: same,
-    aten.alias.default: same,
-    aten.detach.default: same,
-    aten.to.dtype: same,
-    aten.to.device: same,
-    aten.to.dtype_layout: same,
-    aten.to.other: same,
-    aten._to_copy.default: same,
-    aten.type_as.default: same,
-    aten.lift_fresh_copy.default: same,
-    aten.zeros_like.default: same,
-    aten.ones_like.default: same,
-    aten.full_like.default: same,
-    aten.rand_like.default: same,
-    aten.empty_like.default: same,
+    **dict.fromkeys(COPIES, same),
     aten.view.default: reshape,
     aten.reshape.default: reshape,
     aten._unsafe_view.default: reshape,
     aten.flatten.using_ints: reshape,
+    aten.ravel.default: reshape,
     aten.unflatten.int: reshape,
+    aten.view_as.default: reshape_as,
+    aten.reshape_as.default: reshape_as,
     aten.transpose.int: transpose,
+    aten.swapaxes.default: transpose,
+    aten.swapdims.default: transpose,
+    aten.mT.default: transpose_matrix,
+    aten.mH.default: transpose_matrix,
+    aten.adjoint.default: transpose_matrix,
     aten.t.default: reverse,
     aten.numpy_T.default: reverse,
+    aten.matrix_H.default: reverse,
     aten.permute.default: permute,
+    aten.movedim.int: movedim,
+    aten.movedim.intlist: movedim,
+    aten.moveaxis.int: movedim,
+    aten.moveaxis.intlist: movedim,
     aten.unsqueeze.default: unsqueeze,
     aten.squeeze.dim: squeeze,
     aten.squeeze.dims: squeeze,
     aten.squeeze.default: squeeze,
+    aten.atleast_2d.default: at_least,
+    aten.atleast_3d.default: at_least,
     aten.expand.default: expand,
+    aten.broadcast_to.default: expand,
+    aten.expand_as.default: expand_as,
+    aten.broadcast_tensors.default: broadcast_tensors,
     aten.repeat.default: repeat,
+    aten.tile.default: repeat,
     aten.repeat_interleave.self_int: repeat,
-    aten.select.int: select,
-    aten.unbind.int: unbind,
-    aten.slice.Tensor: slice_,
-    aten.split.Tensor: split,
-    aten.split_with_sizes.default: split,
-    aten.chunk.default: split,
-    aten.cat.default: cat,
-    aten.stack.default: stack,
+    aten.view_as_complex.default: as_complex,
+    aten.view_as_real.default: as_real,
 }
 
 RESIZE = {
@@ -286,10 +258,6 @@ RESIZE = {
     aten.reshape.default: resize_reshape,
     aten._unsafe_view.default: resize_reshape,
     aten.expand.default: resize_reshape,
+    aten.broadcast_to.default: resize_reshape,
     aten.unflatten.int: resize_unflatten,
-    aten.split.Tensor: resize_split,
-    aten.split_with_sizes.default: resize_split,
-    aten.chunk.default: resize_split,
-    aten.slice.Tensor: resize_slice,
-    aten.slice_scatter.default: resize_slice,
 }

@@ -12,10 +12,10 @@ import torch
 from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass, run_passes
+from tilecut_runtime.errors import first_line
 from tilecut_runtime.reference import Arrays
 from tilecut_targets.decompose_attention import decomposed_attention
 from tilecut_targets.edge import ort_ops
-from tilecut_targets.export_program import first_line
 from tilecut_targets.target import Contenders
 from tilecut_targets.write_onnx import write_onnx
 
