@@ -36,7 +36,7 @@ def test_sizes_fill_in_what_at_leaves_out():
         ({"block": 0}, "bad block; got 0"),
         ({"num_heads_keep": 0}, "bad num_heads_keep"),
         ({"method": "lasso"}, "method 'lasso' is none of obs, fisher, taylor, magnitude"),
-        ({"kinds": ("heads", "toes")}, "kind 'toes' is none of heads, kv_groups, neurons"),
+        ({"kinds": ("heads", "toes")}, "kind 'toes' is none of heads, kv_groups, queries, neurons"),
         ({"kinds": ()}, "kinds is empty"),
         ({"seed": -1}, "bad seed; got -1"),
         ({"seed": 2**63}, "bad seed; got 9223372036854775808"),

@@ -163,4 +163,4 @@ def test_a_refusal_is_one_line(op, message, positional):
 
 def test_an_error_in_one_line():
     assert first_line(ValueError()) == "ValueError: no message"
-    assert first_line(ValueError("\n a \n b")) == "ValueError: a "
+    assert first_line(ValueError("\n a \n b")) == "ValueError: a"

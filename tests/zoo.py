@@ -194,7 +194,8 @@ ZOO: dict[str, Entry] = {
         lambda: hf.DebertaV2Model(
             hf.DebertaV2Config(**TEXT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8)
         ),
-        {"heads": (4, 4), "neurons": (48, 48)},
+        # The first are the columns of the relative embeddings, which only projections of their own read.
+        {"heads": (4, 4), "neurons": (32, 48, 48)},
     ),
     "mpnet": Entry("MPNet", lambda: hf.MPNetModel(hf.MPNetConfig(**TEXT)), {"heads": (4,), "neurons": (48, 48)}),
     "modernbert": Entry("ModernBERT", lambda: hf.ModernBertModel(hf.ModernBertConfig(**TEXT, local_attention=8)), MHA),

@@ -59,9 +59,8 @@ def capture(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Dynami
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example.tensors = {k: v.to(device) for k, v in example.tensors.items()}
     names = [*example.tensors, *example.constants]
-    ranges = {size: DimRange(1, most) for size, most in example.limits.items()}
     with _eval_mode(model), flat_forward(model, example.nested, names):
-        program, notes = export_model(model, example.tensors, example.constants, example.dynamic, ranges)
+        program, notes = export_model(model, example.tensors, example.constants, example.dynamic, example.limits)
     graph = _to_graph(model, program, example)
     graph.notes += [*example.notes, *notes]
     tied = _tie_sizes(graph, example)

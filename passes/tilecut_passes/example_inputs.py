@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tilecut_passes.flat_forward import NestedInput, nested_input
 from tilecut_runtime.errors import CaptureError
+from tilecut_runtime.manifest import DimRange
 
 # Every dynamic size is traced with a number of its own, so that none is taken for another.
 BATCH, SEQUENCE, PAST_SEQUENCE = 2, 11, 5
@@ -41,7 +42,7 @@ class ExampleInputs:
     tensors: dict[str, Tensor]
     constants: dict[str, Any] = field(default_factory=dict)
     dynamic: DynamicDims = field(default_factory=dict)
-    limits: dict[str, int] = field(default_factory=dict)
+    limits: dict[str, DimRange] = field(default_factory=dict)
     nested: dict[str, NestedInput] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -85,7 +86,7 @@ class _Maker:
         self.generator = torch.Generator().manual_seed(0)
         self.tensors: dict[str, Tensor] = {}
         self.dynamic: DynamicDims = {}
-        self.limits: dict[str, int] = {}
+        self.limits: dict[str, DimRange] = {}
 
     def _add(self, name: str, value: Tensor, dims: dict[int, str]) -> None:
         self.tensors[name], self.dynamic[name] = value, dims
@@ -98,7 +99,7 @@ class _Maker:
         found = [getattr(self.text_config, one, None) for one in limits]
         limit = next((one for one in found if isinstance(one, int) and one > 1), None)
         if limit is not None:
-            self.limits[name] = limit
+            self.limits[name] = DimRange(1, limit)
         return length if limit is None else min(length, limit)
 
     def text(self) -> None:
@@ -229,7 +230,9 @@ def inputs_from_caller(model: nn.Module, example: Any, dynamic: DynamicDims | No
     else:
         dynamic = {k: _checked_dims(f"{name}: dynamic_shapes of {k}", v, tensors[k]) for k, v in dynamic.items()}
     tensors = {k: _at_least_two(v, dynamic.get(k, {})) for k, v in tensors.items()}
-    return ExampleInputs(tensors, constants, dynamic, nested=nested, notes=notes)
+    # torch takes sizes 0 and 1 for constants: what is longer than two dynamic sizes is at least 4.
+    limits = {TOTAL: DimRange(4, None)} if any(TOTAL in dims.values() for dims in dynamic.values()) else {}
+    return ExampleInputs(tensors, constants, dynamic, limits, nested, notes)
 
 
 def _by_name(name: str, example: Any, parameters: list[str]) -> dict[str, Any]:

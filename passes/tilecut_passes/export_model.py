@@ -3,7 +3,7 @@
     1. every dynamic size by name
     2. the fixes that torch suggests in its message (a size that the model fixes, a bound, a relation between two sizes)
     3. guards on shapes become checks at run time (`prefer_deferred_runtime_asserts_over_guards`)
-    4. 2 and 3 together
+    4. both
     5. dynamic sizes are left to torch (`Dim.AUTO`), without and with 3
     6. a Hugging Face model whose attention or experts are run by code that cannot be traced gets those that can
 
@@ -39,6 +39,9 @@ SPELLED_OUT = (torch.ops.aten.einsum.default, torch.ops.aten.tensordot.default, 
 Shapes = dict[str, Any]
 # A model may need several of torch's suggestions, one after another.
 SUGGESTIONS = 3
+SUGGESTED = "torch's suggested fixes of dynamic sizes"
+DEFERRED = "shape guards checked at run time"
+FREE = "dynamic sizes left to torch (Dim.AUTO)"
 # What a Hugging Face config says of an implementation -> the one that can be traced on any device.
 TRACEABLE = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
 
@@ -86,7 +89,7 @@ def export_model(
     if program is None:
         assert failure is not None
         raise _capture_error(model, failure) from failure
-    return program, [f"capture: {remedy}, because export refused at first: {first_line(failure)}"] if failure else []
+    return program, [f"capture: {remedy}, because export refused at first: {_why(failure)}"] if failure else []
 
 
 def try_remedies(
@@ -100,56 +103,45 @@ def try_remedies(
     Args:
         export: exports with the given dynamic shapes (input -> dimension -> `Dim`), guards deferred or not.
     """
-    failure: Exception | None = None
-    for remedy, attempt in _attempts(export, inputs, dynamic, ranges):
-        try:
-            with quiet_torch():
-                program = attempt()
-        # torch.export raises whatever the model's own code raises.
-        except Exception as e:
-            log.debug("export %s: %s", remedy or "as it is", first_line(e))
-            failure = failure or e
-            if _hopeless(e):
-                break
-            continue
-        return program, remedy, failure
-    return None, "", failure
-
-
-def _attempts(
-    export: Callable[[Shapes, bool], ExportedProgram],
-    inputs: Sequence[str],
-    dynamic: DynamicDims,
-    ranges: Mapping[str, DimRange],
-) -> Iterator[tuple[str, Callable[[], ExportedProgram]]]:
-    """What to try, in order: each a remedy's name and a function that exports."""
     names = dict.fromkeys(name for dims in dynamic.values() for name in dims.values())
     limits = {name: ranges.get(name, DimRange(1, None)) for name in names}
     sizes = {name: Dim(name, min=limits[name].min, max=limits[name].max) for name in names}
     named = {k: {d: sizes[n] for d, n in dynamic.get(k, {}).items()} for k in inputs}
     free = {k: dict.fromkeys(dynamic.get(k, {}), Dim.AUTO) for k in inputs}
-
-    def refined(deferred: bool) -> ExportedProgram:
-        shapes: Shapes = named
-        for _ in range(SUGGESTIONS):
+    first: Exception | None = None
+    attempts = (((), named), ((DEFERRED,), named), ((FREE,), free), ((FREE, DEFERRED), free))
+    for remedies, start in attempts if names else attempts[:1]:
+        shapes: Shapes | None = start
+        for suggested in range(SUGGESTIONS + 1):
+            if shapes is None:
+                break
             try:
-                return export(shapes, deferred)
-            except UserError as e:
-                _, found, fixes = str(e).partition("Suggested fixes")
-                if not found:
-                    raise
-                # The advice that follows them confuses torch's own parser.
-                fixes = fixes.partition("\n\n")[0]
-                shapes = cast(Shapes, refine_dynamic_shapes_from_suggested_fixes(found + fixes, shapes))
-        return export(shapes, deferred)
+                with quiet_torch():
+                    program = export(shapes, DEFERRED in remedies)
+                return program, ", ".join([*remedies, *([SUGGESTED] if suggested else [])]), first
+            # torch.export raises whatever the model's own code raises.
+            except Exception as e:
+                log.debug("export %s: %s", remedies, first_line(e))
+                first = first or e
+                if _hopeless(e):
+                    return None, "", first
+                shapes = _suggested(e, shapes)
+    return None, "", first
 
-    yield "", lambda: export(named, False)
-    if names:
-        yield "torch's suggested fixes of dynamic sizes", lambda: refined(False)
-        yield "shape guards checked at run time", lambda: export(named, True)
-        yield "suggested fixes and run-time checks", lambda: refined(True)
-        yield "dynamic sizes left to torch (Dim.AUTO)", lambda: export(free, False)
-        yield "dynamic sizes left to torch (Dim.AUTO), and run-time checks", lambda: export(free, True)
+
+def _suggested(failure: Exception, shapes: Shapes) -> Shapes | None:
+    """The dynamic shapes with the fixes that torch's message suggests; None where it suggests none."""
+    _, found, fixes = str(failure).partition("Suggested fixes")
+    if not found or not isinstance(failure, UserError):
+        return None
+    # The advice that follows them confuses torch's own parser.
+    fixes = fixes.partition("\n\n")[0]
+    try:
+        return cast(Shapes, refine_dynamic_shapes_from_suggested_fixes(found + fixes, shapes))
+    # A suggestion in a form that the parser does not know.
+    except (ValueError, KeyError, AssertionError, SyntaxError, NameError) as e:
+        log.debug("suggested fixes: %s", first_line(e))
+        return None
 
 
 @contextmanager
@@ -228,6 +220,12 @@ def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
             "else use torch.where, torch.cond or a mask instead of if, .item() or .tolist()"
         )
     return CaptureError(f"{type(model).__name__}", f"torch.export stopped at {_users_line(failure)}: {what}", fix=fix)
+
+
+def _why(failure: Exception) -> str:
+    """Why an export was refused, in one line: of a violated constraint, the constraint."""
+    violated = re.search(r"^\s*- (Not all values of .*)$", str(failure), re.MULTILINE)
+    return violated[1] if violated else first_line(failure)
 
 
 def _users_line(failure: Exception) -> str:
