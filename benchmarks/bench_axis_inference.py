@@ -10,6 +10,7 @@ import platform
 import statistics
 import time
 import tracemalloc
+from typing import Any
 
 import torch
 import transformers
@@ -21,7 +22,7 @@ from tilecut_passes.axes.infer import infer
 from tilecut_passes.capture import capture
 
 LAYERS, ROUNDS = (4, 8, 16, 32), 5
-SHAPES = {
+SHAPES: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "num_attention_heads": 32,
@@ -51,7 +52,7 @@ def measure(layers: int) -> list[str]:
     graph = capture(model)
     captured = time.process_time() - start
     nodes = len(list(graph.nodes))
-    inferring, grouping = [], []
+    inferring, grouping, groups = [], [], []
     for _ in range(ROUNDS):
         start = time.process_time()
         axes = infer(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -32,6 +33,19 @@ SEQ2SEQ = ["t5", "bart", "whisper"]
 def built(name: str) -> Any:
     """A model of the zoo with every number re-randomised."""
     return randomise(ZOO[name].build())
+
+
+@functools.cache
+def plain_graph(name: str) -> Graph:
+    """The model without a cache; copy it before changing it."""
+    return capture(built(name))
+
+
+@functools.cache
+def stepping_graph(name: str) -> Graph:
+    """The model with a cache; copy it before changing it."""
+    model = built(name)
+    return capture(model, inputs_with_cache(model))
 
 
 def groups(graph: Graph) -> list[tuple[str, int]]:
@@ -71,8 +85,7 @@ def step(graph: Graph, ids: Tensor, mask: Tensor, cache: dict[str, Tensor]) -> t
 @pytest.mark.parametrize("name", [*DECODERS, *LONG])
 def test_a_decoder_reads_the_prompt_and_goes_on(name):
     """Dense and cut: the plain graph on the whole text gives what the steps give, an empty cache included."""
-    model = built(name)
-    plain, stepping = capture(model), capture(model, inputs_with_cache(model))
+    plain, stepping = plain_graph(name), stepping_graph(name)
     assert stepping.input_specs()[1].shape == ("batch", "past_sequence + sequence")
     assert set(stepping.states.values()) < set(stepping.outputs)
     assert groups(stepping) == groups(plain)
@@ -94,8 +107,7 @@ def test_a_decoder_reads_the_prompt_and_goes_on(name):
 
 @pytest.mark.parametrize("name", [*DECODERS[:2], *SEQ2SEQ])
 def test_masked_equals_cut_with_a_cache(name):
-    model = built(name)
-    dense = capture(model, inputs_with_cache(model))
+    dense = stepping_graph(name)
     plan = cut_halves(dense)
     masked, cut, select = passed(dense, Mask(plan)), passed(dense, Prune(plan)), as_cut(dense, plan)
     assert any(a.shape != b.shape for a, b in zip(dense.input_specs(), cut.input_specs()) if a.name in dense.states)
@@ -113,7 +125,7 @@ def test_masked_equals_cut_with_a_cache(name):
 def test_a_decoder_with_an_encoder_keeps_both_caches(name):
     model = built(name)
     example = inputs_with_cache(model)
-    graph = capture(model, example)
+    graph = stepping_graph(name)
     assert "decoder_input_ids" in graph.inputs and "encoder_outputs_0" in graph.inputs
     assert {"past_key_values_1_key", "past_key_values_1_encoder_value"} <= set(graph.states)
     with torch.no_grad():
@@ -123,10 +135,9 @@ def test_a_decoder_with_an_encoder_keeps_both_caches(name):
     got = graph.run({**given, "encoder_outputs_0": example["encoder_outputs"][0], **cache})["last_hidden_state"]
     assert torch.allclose(got, want, atol=1e-5)
     # The plain graph's plan, without its encoder.
-    plain = capture(model)
-    plan = cut_halves(plain).for_graph(graph, find_groups(infer(graph)))
+    plan = cut_halves(plain_graph(name)).for_graph(graph, find_groups(infer(graph)))
     assert plan.groups and all("encoder." not in g.name.replace("decoder.", "") for g in plan.groups)
-    run_passes(graph, [Prune(plan)])
+    passed(graph, Prune(plan))
 
 
 def cache_parts(cache: Any) -> Any:
@@ -164,7 +175,7 @@ def test_the_model_is_as_it_was():
 
 
 def test_a_plan_of_another_model_is_refused():
-    plan = cut_halves(capture(built("llama_gqa")))
+    plan = cut_halves(plain_graph("llama_gqa"))
     other = capture(built("qwen2"))
     with pytest.raises(PlanError, match=r"PrunePlan: "):
         plan.matched(other, find_groups(infer(other)))
@@ -174,14 +185,16 @@ def test_a_plan_of_another_model_is_refused():
 
 
 def test_a_cache_that_keeps_a_window_is_refused():
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     cache.layers = [DynamicSlidingWindowLayer(sliding_window=4)]
     model = built("gpt2")
     with pytest.raises(CaptureError, match="keeps a window only; pass a DynamicCache made without a config"):
         capture(model, {"input_ids": torch.randint(0, 99, (2, 3)), "past_key_values": cache})
 
 
-@pytest.mark.parametrize(("model", "message"), [(HandGpt(), "no past_key_values"), (ZOO["bert"].build(), "no past_key")])
+@pytest.mark.parametrize(
+    ("model", "message"), [(HandGpt(), "no past_key_values"), (ZOO["bert"].build(), "no past_key")]
+)
 def test_a_model_without_a_cache_says_so(model, message):
     with pytest.raises(CaptureError, match=message):
         inputs_with_cache(model)

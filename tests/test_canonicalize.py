@@ -1,5 +1,6 @@
 """One spelling for what export may spell in several ways."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -42,3 +43,36 @@ def test_numbers_stay():
 
 def test_idempotent():
     assert Canonicalize()(bert_graph()) == 0
+
+
+class Picks(nn.Module):
+    """Indexes a dimension with constants: a run of places, and places apart."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.places = places
+
+    def forward(self, x):
+        return x[:, :, self.places] * 2
+
+
+@pytest.mark.parametrize(
+    ("places", "op"), [([-2], "slice"), ([1, 2, 3], "slice"), ([-1, 0], "index"), ([0, 2], "index"), ([2, 1], "index")]
+)
+def test_a_run_of_constant_places_is_a_slice(places, op):
+    graph = capture(Picks(places), torch.randn(2, 3, 5))
+    assert op in op_names(graph).split()
+    x = torch.randn(4, 2, 5)
+    assert torch.equal(graph.run({"x": x})["output"], x[:, :, places] * 2)
+
+
+@pytest.mark.parametrize(("low", "bins", "is_counting"), [(0, 4, True), (0, 3, False), (1, 4, False)])
+def test_only_a_count_of_integers_is_a_sum(low, bins, is_counting):
+    class Counts(nn.Module):
+        def forward(self, x):
+            return torch.histc(x.float(), bins=bins, min=low, max=3)
+
+    graph = capture(Counts(), {"x": torch.tensor([0, 1, 3, 3, 2])})
+    assert ("histc" not in op_names(graph)) == is_counting
+    x = torch.randint(0, 4, (31,))
+    assert torch.equal(graph.run({"x": x})["output"], torch.histc(x.float(), bins=bins, min=low, max=3))

@@ -5,6 +5,7 @@ from torch import nn
 
 from checks import bert_graph, mlp_graph, randomise
 from tilecut.check_sizes import check_sizes
+from tilecut.make_cases import make_inputs
 from tilecut_passes.capture import capture
 from tilecut_runtime.errors import CaptureError
 
@@ -41,13 +42,43 @@ class Pairs(nn.Module):
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pairs = torch.ops.aten.view.default(x, [x.shape[0] // 2, 2, 8])
-        return self.down(torch.relu(self.up(pairs)))
+        return self.down(torch.relu(self.up(x.view(x.shape[0] // 2, 2, 8))))
 
 
-def test_a_size_that_the_code_cannot_take_is_an_error():
+def test_a_size_that_the_model_takes_in_multiples_is_an_expression():
     graph = capture(randomise(Pairs()), torch.randn(4, 8))
+    assert graph.input_specs()[0].shape == ("2*batch_part", 8)
+    check_sizes(graph, "Pairs")
+    assert make_inputs(graph, 3, 9, seed=0)["x"].shape == (6, 8)
+
+
+def test_a_size_that_the_code_cannot_take_is_an_error(monkeypatch):
+    """torch.export vouches for every size in range; a graph that fails at the smallest was exported wrongly."""
+    graph = mlp_graph().copy()
+
+    def run(inputs):
+        raise RuntimeError("shape '[0, 2, 8]' is invalid\nfor input of size 8")
+
+    monkeypatch.setattr(graph, "run", run)
     with pytest.raises(
-        CaptureError, match="does not run at its smallest sizes, 1 in every dynamic dimension; got RuntimeError"
+        CaptureError, match=r"smallest sizes, 1 in every dynamic dimension; got RuntimeError: shape '\[0, 2"
     ):
         check_sizes(graph, "Pairs")
+
+
+class Positions(nn.Module):
+    """Has rows for 40 positions, and no config that says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.up = nn.Embedding(40, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x + self.places(torch.arange(x.shape[1])))
+
+
+def test_a_model_without_a_config_is_probed():
+    graph = capture(randomise(Positions()), torch.randn(2, 7, 8))
+    check_sizes(graph, "Positions")
+    assert graph.ranges["sequence"].max == 40
+    assert graph.notes[-1] == "capture: sequence is at most 40"

@@ -59,7 +59,11 @@ class OfFive(nn.Module):
 def test_the_remedy_is_named(model, shape, remedy, dims):
     graph = capture(randomise(model), torch.randn(shape))
     assert graph.input_specs()[0].shape == dims
-    assert (remedy in graph.notes[0] and "because export refused at first: " in graph.notes[0]) if remedy else not graph.notes
+    assert (
+        (remedy in graph.notes[0] and "because export refused at first: " in graph.notes[0])
+        if remedy
+        else not graph.notes
+    )
     x = torch.randn(3, *shape[1:])
     assert torch.allclose(graph.run({graph.inputs[0]: x})["output"], model(x), atol=1e-6)
 

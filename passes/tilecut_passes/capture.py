@@ -154,9 +154,12 @@ def _dims(
     for name, node in zip(inputs, [n for n in graph.nodes if n.op == "placeholder"], strict=True):
         for d, size in enumerate(node.meta["val"].shape):
             expression = size_of(size)
-            if isinstance(expression, sympy.Symbol) and expression not in dims:
-                wanted = example.dynamic.get(name, {}).get(d, f"{name}_{d}")
-                dims[expression] = wanted if wanted not in dims.values() else f"{wanted}_{name}"
+            wanted = example.dynamic.get(name, {}).get(d, f"{name}_{d}")
+            if not isinstance(expression, sympy.Symbol):
+                # A size that the model takes only in multiples.
+                wanted = f"{wanted}_part"
+            for symbol in sorted(symbols_of(expression) - dims.keys(), key=str):
+                dims[symbol] = wanted if wanted not in dims.values() else f"{wanted}_{name}"
     ranges = {}
     for symbol, name in dims.items():
         limits = program.range_constraints.get(symbol)

@@ -40,7 +40,7 @@ class MacCounter:
         axes: the inferred axes of the dense graph.
         groups: its groups.
         at: sizes by name, e.g. {"batch": 1, "sequence": 128}; a dynamic size without one is `sequence` too, or what the
-            model was traced with where it has to be longer (a waveform).
+            model was traced with where it has to be longer (a waveform); one that counts rows is `batch`.
     """
 
     def __init__(self, axes: Axes, groups: list[Group], at: Mapping[str, int]):
@@ -51,9 +51,11 @@ class MacCounter:
         self._cache: dict[tuple[str, ...], list[MacTerm]] = {}
 
     def _at(self, graph: Graph, symbol: sympy.Symbol, name: str, at: Mapping[str, int]) -> int:
-        if name in at or self.sequence >= graph.ranges[name].min:
-            return at.get(name, self.sequence)
-        return graph.traced_at(symbol)
+        if name in at:
+            return at[name]
+        if name in graph.row_sizes():
+            return at.get("batch", 1)
+        return self.sequence if self.sequence >= graph.ranges[name].min else graph.traced_at(symbol)
 
     def total(self, counts: Mapping[str, int] | None = None) -> int:
         """MACs of the whole graph when each named group keeps that many units."""

@@ -123,7 +123,7 @@ def try_remedies(
             except Exception as e:
                 log.debug("export %s: %s", remedies, first_line(e))
                 first = first or e
-                if _hopeless(e):
+                if _hopeless(first):
                     return None, "", first
                 shapes = _suggested(e, shapes)
     return None, "", first

@@ -174,6 +174,11 @@ class Graph:
         with mode, enable_python_dispatcher(), torch.no_grad():
             _Propagate(self.module, mode).run(*(n.meta["val"] for n in self.placeholders))
 
+    def row_sizes(self) -> set[str]:
+        """Names of the dynamic sizes that count independent rows: the first dimension of an input."""
+        shapes = (sizes_of(n.meta["val"]) for n in self.placeholders)
+        return {self.dims[symbol] for shape in shapes if shape for symbol in symbols_of(shape[0])}
+
     def traced_at(self, symbol: sympy.Symbol) -> int:
         """The number that a symbol stood for when the model was traced."""
         sizes = (s for n in self.placeholders for s in n.meta["val"].shape if not isinstance(s, int))

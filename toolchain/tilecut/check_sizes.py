@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tilecut.make_cases import batch_sizes, make_inputs
+from tilecut.make_cases import make_inputs
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import CaptureError, first_line
 
@@ -25,8 +25,8 @@ def check_sizes(graph: Graph, model: str) -> None:
     Raises:
         CaptureError: the model does not run at its smallest sizes.
     """
-    batches = batch_sizes(graph)
-    smallest = max((r.min for name, r in graph.ranges.items() if name not in batches), default=1)
+    rows = graph.row_sizes()
+    smallest = max((r.min for name, r in graph.ranges.items() if name not in rows), default=1)
     if failure := _failure(graph, smallest):
         raise CaptureError(
             model,
@@ -34,7 +34,7 @@ def check_sizes(graph: Graph, model: str) -> None:
             got=first_line(failure),
             fix="fix that size: pass dynamic_shapes without it",
         )
-    limits = {name: r.max for name, r in graph.ranges.items() if name not in batches}
+    limits = {name: r.max for name, r in graph.ranges.items() if name not in rows}
     if not limits:
         return
     longest = max(LONGEST if most is None else most for most in limits.values())

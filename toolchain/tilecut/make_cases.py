@@ -20,15 +20,15 @@ def make_inputs(graph: Graph, batch: int, length: int, seed: int, ragged: bool =
 
     Every dynamic size that is not the first of its inputs is `length`, within its own range.
     """
-    batches = batch_sizes(graph)
-    sizes = {name: _within(graph, name, batch if name in batches else length) for name in graph.dims.values()}
+    rows = graph.row_sizes()
+    sizes = {name: _within(graph, name, batch if name in rows else length) for name in graph.dims.values()}
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for name, node, spec in zip(graph.inputs, graph.placeholders, graph.input_specs(), strict=True):
         shape = [size_at(s, sizes) for s in spec.shape]
         dtype = getattr(torch, spec.dtype)
         tables = [source(u) for u in node.users if is_call(u, torch.ops.aten.embedding.default) and u.args[1] is node]
-        rows = min((int(value_of(t).shape[0]) for t in tables), default=2)
+        table_rows = min((int(value_of(t).shape[0]) for t in tables), default=2)
         if dtype.is_floating_point:
             out[name] = torch.randn(shape, generator=generator).to(dtype)
         elif "mask" in name and len(shape) == 2:
@@ -37,13 +37,8 @@ def make_inputs(graph: Graph, batch: int, length: int, seed: int, ragged: bool =
             mask = torch.arange(shape[1])[None] < lengths[:, None] if ragged else torch.ones(shape, dtype=torch.bool)
             out[name] = mask.to(dtype)
         else:
-            out[name] = torch.randint(0, rows, shape, generator=generator).to(dtype)
+            out[name] = torch.randint(0, table_rows, shape, generator=generator).to(dtype)
     return out
-
-
-def batch_sizes(graph: Graph) -> set[object]:
-    """Names of the sizes that count independent rows: the first dimension of an input."""
-    return {spec.shape[0] for spec in graph.input_specs() if spec.shape}
 
 
 def _within(graph: Graph, name: str, wanted: int) -> int:
