@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import sympy
 import torch
 from torch import fx
 
 from tilecut_passes.axes.axis import Axis, divide, multiply, product, regroup, unify
 from tilecut_passes.axes.infer import Axes, NodeTypes, Types, broadcast, dims_of, fresh
 from tilecut_passes.axes.selection import Selection
-from tilecut_passes.graph import arguments, value_of
+from tilecut_passes.graph import Size, arguments, sizes_of, value_of
 
 aten = torch.ops.aten
 
@@ -26,18 +27,57 @@ def same(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     return axes.input(node)
 
 
-def reshape(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
-    """Split and join: the row-major factors of the input, regrouped."""
-    source = axes.input(node)
-    sizes = [axis.size for axis in fresh(value_of(node))]
-    out = regroup([f for axis in source for f in axis.factors], sizes)
-    return axes.unknown(node, "reshape mixes dimensions that have no common factors") if out is None else out
+def reshape(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """Split and join: the row-major factors of the input, regrouped; what mixes without common factors is frozen."""
+    given = axes.input(node)
+    sizes = sizes_of(value_of(node))
+    out: Types = []
+    for here, wanted in _blocks(given, sizes):
+        made = regroup([f for axis in here for f in axis.factors], wanted)
+        if made is None:
+            made = [Axis(size) for size in wanted]
+            for axis in (*here, *made):
+                axis.freeze("reshape mixes dimensions that have no common factors")
+        out += made
+    return out
+
+
+def _blocks(given: Types, sizes: list[Size]) -> Iterator[tuple[Types, list[Size]]]:
+    """Both sides cut into the smallest runs that hold equally many elements: a reshape mixes within a run only."""
+    front = 0
+    while front < min(len(given), len(sizes)) and given[front].root.size == sizes[front]:
+        yield given[front : front + 1], sizes[front : front + 1]
+        front += 1
+    back = 0
+    while back < min(len(given), len(sizes)) - front and given[-1 - back].root.size == sizes[-1 - back]:
+        back += 1
+    yield from _runs(given[front : len(given) - back], sizes[front : len(sizes) - back])
+    for i in range(back, 0, -1):
+        yield [given[-i]], [sizes[-i]]
+
+
+def _runs(given: Types, sizes: list[Size]) -> Iterator[tuple[Types, list[Size]]]:
+    i = j = 0
+    # A run ends where both sides have the same product so far; a single dimension on a side has no such place.
+    for m in range(1, len(given) if len(sizes) > 1 else 1):
+        rows = multiply(axis.root.size for axis in given[i:m])
+        end = next((n for n in range(j, len(sizes)) if _equal(rows, multiply(sizes[j:n]))), None)
+        if end is not None:
+            yield given[i:m], sizes[j:end]
+            i, j = m, end
+    if given[i:] or sizes[j:]:
+        yield given[i:], sizes[j:]
+
+
+def _equal(a: Size, b: Size) -> bool:
+    """Whether two sizes are the same, whatever the form they are written in."""
+    return a == b or (not (isinstance(a, int) and isinstance(b, int)) and sympy.expand(sympy.sympify(a) - b) == 0)
 
 
 def reshape_as(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
     """A reshape to the dimensions of another tensor."""
     out = reshape(axes, node, a)
-    for axis, other in zip(cast(Types, out), axes.operand(node, a["other"]), strict=True):
+    for axis, other in zip(out, axes.operand(node, a["other"]), strict=True):
         unify(axis, other, node.name)
     return out
 
