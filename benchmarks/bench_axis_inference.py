@@ -37,7 +37,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=list(LAYERS))
     depths = parser.parse_args().layers
     table = Table(
-        "layers", "nodes", "groups", "capture s", "infer s", "groups s", "ms a node", "Python MB", title=platform.machine()
+        "layers",
+        "nodes",
+        "groups",
+        "capture s",
+        "infer s",
+        "groups s",
+        "ms a node",
+        "Python MB",
+        title=platform.machine(),
     )
     for depth in depths:
         table.add_row(*measure(depth))

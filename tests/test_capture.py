@@ -142,7 +142,8 @@ def test_a_branch_on_data_names_the_line(capsys):
     ("model", "inputs", "message"),
     [
         (nn.Linear(3, 2), None, "no Hugging Face config to make inputs from; pass example_inputs"),
-        (nn.Linear(3, 2), {"other": torch.randn(2, 3)}, "torch.export stopped at"),
+        (nn.Linear(3, 2), {"other": torch.randn(2, 3)}, "forward has no such input; got other; wanted one of input"),
+        (Many(), {"x": torch.randn(2, 3)}, "example_inputs lacks y; got x; wanted x, y"),
         (nn.Linear(3, 2), torch.randn(2, 4), "torch.export stopped at"),
         (nn.Linear(3, 2), "text", "example_inputs must be a tensor, a tuple of tensors or a dict"),
         (

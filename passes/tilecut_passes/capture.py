@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 
 from tilecut_passes.canonicalize import Canonicalize
 from tilecut_passes.example_inputs import (
+    PAST_SEQUENCE,
     TOTAL,
     DynamicDims,
     ExampleInputs,
@@ -62,7 +63,7 @@ def capture(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Dynami
     with _eval_mode(model), flat_forward(model, example.nested, names):
         program, notes = export_model(model, example.tensors, example.constants, example.dynamic, example.limits)
     graph = _to_graph(model, program, example)
-    graph.notes += [*example.notes, *notes]
+    graph.notes += [*example.notes, *notes, *_fixed(graph, example)]
     tied = _tie_sizes(graph, example)
     run_passes(graph, [Canonicalize()])
     if tied:
@@ -107,6 +108,17 @@ def _to_graph(model: nn.Module, program: ExportedProgram, example: ExampleInputs
     )
 
 
+def _fixed(graph: Graph, example: ExampleInputs) -> list[str]:
+    """A note for every size that was to be dynamic and that the model fixes."""
+    fixed = {
+        name: size
+        for given, node in zip(graph.inputs, graph.placeholders, strict=True)
+        for d, name in example.dynamic.get(given, {}).items()
+        if isinstance(size := node.meta["val"].shape[d], int)
+    }
+    return [f"capture: the model takes no other {name} than {size}" for name, size in fixed.items()]
+
+
 def _tie_sizes(graph: Graph, example: ExampleInputs) -> bool:
     """Give sizes of one name one symbol, where export left several; returns whether it did.
 
@@ -115,8 +127,8 @@ def _tie_sizes(graph: Graph, example: ExampleInputs) -> bool:
     sizes: dict[str, Any] = {}
     for (_, _, name), size in _named_sizes(graph, example).items():
         sizes.setdefault(name, size)
-    if {TOTAL, "past_sequence", "sequence"} <= sizes.keys():
-        sizes[TOTAL] = sizes["past_sequence"] + sizes["sequence"]
+    if {TOTAL, PAST_SEQUENCE, "sequence"} <= sizes.keys():
+        sizes[TOTAL] = sizes[PAST_SEQUENCE] + sizes["sequence"]
     tied = False
     for node, input_name in zip(graph.placeholders, graph.inputs, strict=True):
         value = node.meta["val"]
@@ -170,5 +182,7 @@ def _dims(
         )
         # torch never says less than 2, because it takes 0 and 1 for constants; more is the model's own demand.
         lower = int(limits.lower) if limits is not None and isinstance(limits.lower, int | sympy.Integer) else 1
-        ranges[name] = DimRange(lower if lower > 2 else 1, upper)
+        # A decoder that has read nothing has an empty past.
+        least = 0 if name == PAST_SEQUENCE else 1
+        ranges[name] = DimRange(lower if lower > 2 else least, upper)
     return dims, ranges

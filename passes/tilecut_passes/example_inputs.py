@@ -21,12 +21,13 @@ from tilecut_runtime.errors import CaptureError
 from tilecut_runtime.manifest import DimRange
 
 # Every dynamic size is traced with a number of its own, so that none is taken for another.
-BATCH, SEQUENCE, PAST_SEQUENCE = 2, 11, 5
+BATCH, SEQUENCE, PAST_LENGTH = 2, 11, 5
 # Frames of a waveform to trace with: enough for every stride of its convolutions.
 FRAMES = 13
 
 # The length of a mask that covers the past and the present.
 TOTAL = "total_sequence"
+PAST_SEQUENCE = "past_sequence"
 
 # input name -> dimension -> name of the dynamic size
 DynamicDims = dict[str, dict[int, str]]
@@ -119,7 +120,12 @@ class _Maker:
 
     def pixels(self, batch: str = "batch") -> None:
         """Images of the config's size; with text beside them their number is another."""
-        vision = getattr(self.config, "vision_config", self.config)
+        configs = [getattr(self.config, name, None) for name in ("vision_config", "encoder")]
+        vision: Any = next((c for c in [*configs, self.config] if hasattr(c, "image_size")), None)
+        if vision is None:
+            raise CaptureError(
+                type(self.config).__name__, "cannot tell the size of 'pixel_values'", fix="pass example_inputs"
+            )
         size = vision.image_size
         height, width = (size, size) if isinstance(size, int) else size
         count = BATCH if batch == "batch" else BATCH + 1
@@ -173,10 +179,10 @@ def inputs_with_cache(model: nn.Module) -> dict[str, Any]:
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if decodes else DynamicCache()
     said = "decoder_input_ids" if decodes else "input_ids"
     ids = tensors.pop(said)
-    past, now = ids[:, :PAST_SEQUENCE], ids[:, PAST_SEQUENCE:]
+    past, now = ids[:, :PAST_LENGTH], ids[:, PAST_LENGTH:]
     if now.shape[1] < 2:
-        raise CaptureError(name, "too few positions for a past and a step", got=ids.shape[1], wanted=PAST_SEQUENCE + 2)
-    masks = {} if decodes else {k: v[:, :PAST_SEQUENCE] for k, v in tensors.items()}
+        raise CaptureError(name, "too few positions for a past and a step", got=ids.shape[1], wanted=PAST_LENGTH + 2)
+    masks = {} if decodes else {k: v[:, :PAST_LENGTH] for k, v in tensors.items()}
     with torch.no_grad():
         first = model.eval()(**{**tensors, **masks, said: past}, past_key_values=cache, use_cache=True)
     if decodes:
@@ -195,6 +201,7 @@ def inputs_from_caller(model: nn.Module, example: Any, dynamic: DynamicDims | No
     name = type(model).__name__
     accepted = inspect.signature(model.forward).parameters
     given = _by_name(name, example, list(accepted))
+    _check_names(name, given, accepted)
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Any] = {}
     nested: dict[str, NestedInput] = {}
@@ -233,6 +240,17 @@ def inputs_from_caller(model: nn.Module, example: Any, dynamic: DynamicDims | No
     # torch takes sizes 0 and 1 for constants: what is longer than two dynamic sizes is at least 4.
     limits = {TOTAL: DimRange(4, None)} if any(TOTAL in dims.values() for dims in dynamic.values()) else {}
     return ExampleInputs(tensors, constants, dynamic, limits, nested, notes)
+
+
+def _check_names(name: str, given: Mapping[str, Any], accepted: Mapping[str, inspect.Parameter]) -> None:
+    kinds = {p.kind for p in accepted.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds and (unknown := [k for k in given if k not in accepted]):
+        raise CaptureError(name, "forward has no such input", got=unknown[0], wanted=f"one of {', '.join(accepted)}")
+    needed = [k for k, p in accepted.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if missing := [k for k in needed if k not in given]:
+        raise CaptureError(
+            name, f"example_inputs lacks {missing[0]}", got=", ".join(given) or "nothing", wanted=", ".join(needed)
+        )
 
 
 def _by_name(name: str, example: Any, parameters: list[str]) -> dict[str, Any]:
@@ -275,7 +293,7 @@ def _guess_dynamic(tensors: dict[str, Tensor], nested: Mapping[str, NestedInput]
             dynamic[k][0] = "batch"
     past = {k: v for k, v in nested.get("past_key_values", NestedInput({}, dict)).tensors.items() if v.ndim == 4}
     for k in past:
-        dynamic[k][2] = "encoder_sequence" if "_encoder_" in k else "past_sequence"
+        dynamic[k][2] = "encoder_sequence" if "_encoder_" in k else PAST_SEQUENCE
     sequences = {k: v for k, v in ranked.items() if v.ndim == (3 if v.is_floating_point() else 2)}
     decoder = {k: v for k, v in sequences.items() if k.startswith("decoder_")}
     encoder = {k: v for k, v in sequences.items() if k not in decoder}

@@ -219,6 +219,8 @@ def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
             "the line decides on a tensor's value: drop an `if` whose branch does nothing when nothing is selected, "
             "else use torch.where, torch.cond or a mask instead of if, .item() or .tolist()"
         )
+    if "not a known type" in str(failure):
+        fix = "return a tensor, a tuple or a dict, or register the type with torch.utils._pytree"
     return CaptureError(f"{type(model).__name__}", f"torch.export stopped at {_users_line(failure)}: {what}", fix=fix)
 
 

@@ -205,7 +205,7 @@ class PrunePlan:
                     str(g["name"]),
                     str(g["kind"]),
                     int(g["size"]),
-                    tuple(int(u) for u in g["kept"]),
+                    tuple(_integer(u) for u in g["kept"]),
                     tuple(
                         Member(
                             str(m["parameter"]),
@@ -231,9 +231,20 @@ class PrunePlan:
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise PlanError(where, f"malformed plan ({type(e).__name__}: {e})") from e
+        if plan.tensors and _hash(plan.tensors) != plan.model:
+            raise PlanError(where, "malformed plan: model is not the hash of tensors")
+        names = [g.name for g in plan.groups]
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise PlanError(where, f"malformed plan: group {twice[0]} is there twice")
         for g in plan.groups:
             _check_units(g)
         return plan
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no unit")
+    return value
 
 
 def _check_units(g: GroupPlan) -> None:
@@ -263,5 +274,9 @@ def shapes(graph: Graph) -> dict[str, str]:
 
 def fingerprint(graph: Graph) -> str:
     """sha256 over the names, dtypes and shapes of the tensors that the graph reads."""
-    rows = [f"{name} {shape}" for name, shape in shapes(graph).items()]
+    return _hash(shapes(graph))
+
+
+def _hash(tensors: Mapping[str, str]) -> str:
+    rows = [f"{name} {shape}" for name, shape in sorted(tensors.items())]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()

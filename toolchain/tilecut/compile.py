@@ -109,6 +109,7 @@ def compile_pruned(
         dense = capture(model, example_inputs, dynamic_shapes)
         _check_dtype(dense, type(model).__name__)
         check_sizes(dense, type(model).__name__)
+        _check_at(dense, chosen_config)
     with progress.stage("axes"):
         axes = infer(dense)
         every_group = find_groups(axes)
@@ -286,6 +287,15 @@ def _check_dtype(graph: Graph, model: str) -> None:
             )
 
 
+def _check_at(graph: Graph, config: PruneConfig | None) -> None:
+    """MACs are counted at sizes that the model has."""
+    known = {*PruneConfig().sizes(), *graph.dims.values()}
+    if unknown := [name for name in (config.at if config else {}) if name not in known]:
+        raise ConfigError(
+            "PruneConfig", f"at names no size of the model: {unknown[0]}", wanted=", ".join(sorted(known))
+        )
+
+
 def _prunable(groups: list[Group], config: PruneConfig, model: str, frozen: list) -> list[Group]:
     found = [g for g in groups if g.kind in config.kinds]
     if not found:
@@ -331,6 +341,13 @@ def _cut_equals_masked(dense: Graph, pruned: Graph, plan: Any) -> Rung:
             # A cast inside the model keeps some of it in float32.
             log.debug("cannot compare in float64: %s", e)
     if not worst <= CUT_TOLERANCE:
+        inputs = make_inputs(dense, *CUT_SHAPES[0], seed=100)
+        if odd := [n for n, x in dense.run(inputs).items() if x.is_floating_point() and not x.isfinite().any()]:
+            raise CaptureError(
+                dense.module._get_name(),
+                f"the model itself gives no finite {odd[0]} on random inputs",
+                fix="look for NaN or infinity in its weights and statistics",
+            )
         raise VerificationError(
             "prune",
             "the cut graph differs from the masked dense one",

@@ -36,7 +36,9 @@ class PruneConfig(BaseModel):
         None, gt=0, description="widths are multiples of this and of the target's own block; None: the target's"
     )
     power_of_two_heads: bool | None = Field(None, description="head counts are powers of two; None: the target decides")
-    num_heads_keep: int | None = Field(None, gt=0, description="heads that every attention keeps")
+    num_heads_keep: int | None = Field(
+        None, gt=0, description="heads that every attention keeps; where queries share keys, KV groups"
+    )
     method: str = Field("obs", description="importance, see tilecut_passes/score.py")
     reconstruct: bool = Field(True, description="refit the weights behind every gate by least squares")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of every random choice")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tilecut_passes.calibration import Batch
+from tilecut_passes.example_inputs import PAST_SEQUENCE
 from tilecut_passes.graph import Graph, is_call, size_at, source, value_of
 from tilecut_runtime.reference import Case
 
@@ -18,10 +19,16 @@ SIZES = ((1, 1), (1, 8), (2, 13), (5, 64), (8, 256), (1, 512))
 def make_inputs(graph: Graph, batch: int, length: int, seed: int, ragged: bool = True) -> dict[str, Tensor]:
     """Random inputs: ids from the embedding that reads them, masks right-padded to random lengths (the first row whole).
 
-    Every dynamic size that is not the first of its inputs is `length`, within its own range.
+    Every dynamic size that is not the first of its inputs is `length`, within its own range; with a cache, `length` is
+    the past and the present together.
     """
     rows = graph.row_sizes()
     sizes = {name: _within(graph, name, batch if name in rows else length) for name in graph.dims.values()}
+    if {PAST_SEQUENCE, "sequence"} <= sizes.keys():
+        # Past and present share the model's positions; a length of one has no past.
+        total = sizes["sequence"]
+        sizes[PAST_SEQUENCE] = _within(graph, PAST_SEQUENCE, total // 2)
+        sizes["sequence"] = max(total - sizes[PAST_SEQUENCE], 1)
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for name, node, spec in zip(graph.inputs, graph.placeholders, graph.input_specs(), strict=True):
