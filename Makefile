@@ -30,7 +30,7 @@ test-wheel: $(ENV)/.dev
 	echo 'raise ImportError("the passes/ of a user was imported")' > build/wheel/user/passes/__init__.py
 	cd build/wheel/user && TILECUT_FROM=$(CURDIR)/build/wheel/site PYTHONPATH=$(CURDIR)/build/wheel/site:. OMP_NUM_THREADS=1 \
 		$(CURDIR)/$(PY) -m pytest -n auto --dist loadfile -m "not slow and not gpu" -c $(CURDIR)/pyproject.toml \
-		--rootdir . -o pythonpath=tests tests
+		--rootdir . -o pythonpath='tests benchmarks' tests
 
 lint: $(ENV)/.dev
 	$(PY) -m ruff check .

@@ -6,7 +6,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Workers run side by side: one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import atexit
 import gc
+import shutil
+import tempfile
+
+# Tables that tests measure are kept apart from the user's.
+if "TILECUT_CACHE" not in os.environ:
+    os.environ["TILECUT_CACHE"] = tempfile.mkdtemp(prefix="tilecut-tests-")
+    atexit.register(shutil.rmtree, os.environ["TILECUT_CACHE"], ignore_errors=True)
 
 import hypothesis
 import pytest

@@ -10,7 +10,8 @@ from torch import nn
 
 from checks import TinyMlp, compiled, groups_of, minilm_folder, randomise, text_batch, tiny_bert
 from tilecut import PruneConfig, compile_pruned, load
-from tilecut.compile import _cut_equals_masked, load_model
+from tilecut.check_cut import check_cut
+from tilecut.load_model import load_model
 from tilecut.progress import Progress
 from tilecut_passes.capture import capture
 from tilecut_passes.graph import Graph
@@ -41,7 +42,7 @@ def test_every_stage_leaves_its_trace(edge_artifact):
         "capture",
         "axes",
         "calibration",
-        "score (obs)",
+        "score (table)",
         "search",
         "prune",
         "reconstruct",
@@ -170,7 +171,7 @@ def test_budgets_are_kept(arguments, tmp_path):
 
 
 def test_without_data_one_warning_and_magnitude(tmp_path):
-    with pytest.warns(UserWarning, match="magnitude scores instead of obs") as caught:
+    with pytest.warns(UserWarning, match="magnitude scores instead of table") as caught:
         artifact = mlp(tmp_path / "a", calibration=None)
     assert len([w for w in caught if "magnitude" in str(w.message)]) == 1
     assert artifact.report["method"] == "magnitude"
@@ -232,7 +233,7 @@ BAD = [
     ),
     (lambda d: {"calibration": []}, CalibrationError, "no batches"),
     (lambda d: {"calibration": 7}, CalibrationError, "neither batches, texts nor a file; got int"),
-    (lambda d: {"calibration": ["some", "texts"]}, CalibrationError, "no tokenizer beside it"),
+    (lambda d: {"calibration": ["some", "texts"]}, CalibrationError, "the model takes no input_ids"),
     (lambda d: {"calibration": d / "absent.tsv"}, CalibrationError, "no such calibration file"),
     (lambda d: {"config": PruneConfig(kinds=("heads",))}, ConfigError, "nothing in this model can be cut .heads."),
     (
@@ -314,10 +315,10 @@ def test_a_swapped_unit_fails_the_central_check():
     plan = PrunePlan.keep_all(dense, groups).keeping({groups[0].name: [0, 2], groups[1].name: list(range(16))})
     pruned = dense.copy()
     run_passes(pruned, [Prune(plan)])
-    assert _cut_equals_masked(dense, pruned, plan).status == "passed"
+    assert check_cut(dense, pruned, plan).status == "passed"
     for swapped in ({groups[0].name: [0, 3]}, {groups[1].name: [*range(15), 16]}):
         with pytest.raises(VerificationError, match="differs from the masked dense one"):
-            _cut_equals_masked(dense, pruned, plan.keeping(swapped))
+            check_cut(dense, pruned, plan.keeping(swapped))
 
 
 def test_a_broken_pass_of_the_users_own_leaves_nothing(tmp_path):
@@ -332,7 +333,7 @@ def test_a_broken_pass_of_the_users_own_leaves_nothing(tmp_path):
 
 
 def test_texts_need_the_models_own_tokenizer(tmp_path):
-    with pytest.raises(CalibrationError, match="no tokenizer beside it"):
+    with pytest.raises(CalibrationError, match="the model takes no input_ids"):
         compiled("edge", tmp_path / "a", calibration=["a text", "another"])
 
 

@@ -1,36 +1,64 @@
-import json
-import shutil
+import itertools
 
+import datasets
 import pytest
 import torch
 import transformers
 
-from checks import TEXTS, TinyMlp, bert_graph, minilm_folder, mlp_graph, tiny_bert
-from tilecut.load_calibration import Calibration, load_calibration, read_texts, tokenizer_folder
+from checks import TEXTS, TinyMlp, bert_graph, mlp_graph, text_batch, tiny_bert
+from tilecut.load_calibration import Calibration, hold_out, load_calibration
+from tilecut.mix_texts import general_passages
+from tilecut.read_rows import MAX_ROWS
+from tilecut.tokenize_texts import load_tokenizer
+from tilecut_passes.calibration import Batch
 from tilecut_passes.capture import capture
 from tilecut_runtime.errors import CalibrationError
+from tiny_tokenizer import CLS, SEP, SIZE, ids_of, saved_with_tokenizer
+
+PLAIN = {"attention_mask": torch.ones(8, 9).long(), "token_type_ids": torch.zeros(8, 9).long()}
+WORDS = [f"some words of text number {i}" for i in range(200)]
 
 
 @pytest.fixture(scope="module")
-def with_tokenizer(tmp_path_factory):
-    """A tiny BERT loaded from a folder that holds the real tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_bert(vocab=30522).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-        shutil.copyfile(minilm_folder() / name, folder / name)
-    model = transformers.AutoModel.from_pretrained(folder).eval()
+def bert(tmp_path_factory):
+    """A tiny BERT with a tokenizer beside it, and its graph."""
+    model = saved_with_tokenizer(tmp_path_factory.mktemp("model") / "bert")
     return model, capture(model)
 
 
-def some(given, graph, model, sequence=8, seed=0) -> Calibration:
-    got = load_calibration(given, graph, model, sequence, seed)
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    config = transformers.BertConfig(
+        vocab_size=SIZE, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_labels=4
+    )
+    model = saved_with_tokenizer(
+        tmp_path_factory.mktemp("model") / "classifier", transformers.BertForSequenceClassification(config)
+    )
+    return model, capture(model)
+
+
+def some(given, graph, model, sequence=8, **options) -> Calibration:
+    got = load_calibration(given, graph, model, sequence, **options)
     assert got is not None
     return got
 
 
-def load(given, with_tokenizer, sequence=32, seed=0) -> Calibration:
-    model, graph = with_tokenizer
-    return some(given, graph, model, sequence, seed)
+def load(given, of, sequence=32, **options) -> Calibration:
+    model, graph = of
+    return some(given, graph, model, sequence, **options)
+
+
+def rows(batches: list[Batch]) -> list[tuple[int, ...]]:
+    """The real ids of every row."""
+    out = []
+    for batch in batches:
+        for ids, mask in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True):
+            out.append(tuple(ids[mask != 0].tolist()))
+    return out
+
+
+def ids(text: str, sequence=32) -> tuple[int, ...]:
+    return (CLS, *ids_of(text)[: sequence - 2], SEP)
 
 
 def test_batches_pass_through_and_a_tenth_is_held_out():
@@ -38,134 +66,193 @@ def test_batches_pass_through_and_a_tenth_is_held_out():
     got = some(batches, mlp_graph(), TinyMlp())
     assert len(got.fit) == 18
     assert [int(b.inputs["x"][0, 0]) for b in got.held_out] == [5, 15]
-    assert got.source == "20 batches" and got.tokens == 36
+    assert got.source == "20 batches" and got.tokens == 36 and got.general == []
     few = some(batches[:3], mlp_graph(), TinyMlp())
     assert few.fit == few.held_out and "too few" in few.source
 
 
-def test_texts_become_padded_batches_sorted_by_length(with_tokenizer):
-    got = load([f"{'word ' * (i % 50)}end" for i in range(200)], with_tokenizer, sequence=16)
-    batches = got.fit
-    assert sum(b.inputs["input_ids"].shape[0] for b in batches) == 200
-    assert max(b.inputs["input_ids"].shape[1] for b in batches) == 16
-    assert all(set(b.inputs) == {"input_ids", "attention_mask", "token_type_ids"} for b in batches)
-    assert any((b.inputs["attention_mask"] == 0).any() for b in batches)
+def test_texts_become_batches_of_the_models_own_ids(bert):
+    got = load(WORDS, bert, mixture=0)
+    assert len(rows(got.fit)) == 180 and len(rows(got.held_out)) == 20
+    assert sorted(rows(got.fit) + rows(got.held_out)) == sorted(map(ids, WORDS))
+    assert all(set(b.inputs) == {"input_ids", "attention_mask", "token_type_ids"} for b in got.fit)
+    assert got.source == "200 texts" and got.tokens == sum(map(len, rows(got.fit)))
+    assert max(map(len, rows(load(WORDS, bert, sequence=9, mixture=0).fit))) == 9
 
 
-def test_the_order_follows_the_seed(with_tokenizer):
-    texts = [f"text number {i}" for i in range(300)]
-    first, same, other = (load(texts, with_tokenizer, seed=s).fit[0].inputs["input_ids"] for s in (0, 0, 1))
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
+def test_the_mixture_is_that_fraction_of_what_is_fitted(bert):
+    own = set(map(ids, WORDS))
+    for mixture, count in ((0.25, 60), (0.5, 180), (0.0, 0)):
+        got = load(WORDS, bert, mixture=mixture)
+        fitted = rows(got.fit)
+        assert len([row for row in fitted if row in own]) == 180
+        assert len([row for row in fitted if row not in own]) == count
+        assert (f"and {count} general texts (WordNet" in got.source) == bool(count)
+        # In-domain is what the caller gave, and general text is reported whatever is mixed.
+        assert set(rows(got.held_out)) <= own
+        assert len(rows(got.general)) == len(general_passages()[1])
+    assert load(WORDS, bert).source == load(WORDS, bert, mixture=0.25).source
 
 
-def test_nothing_given_means_general_text_only_beside_a_tokenizer(with_tokenizer):
-    got = load(None, with_tokenizer)
-    assert "WordNet" in got.source and "1024 texts" in got.source
+@pytest.mark.parametrize("given", [WORDS, [{"input_ids": torch.randint(4, SIZE, (8, 9)), **PLAIN} for _ in range(20)]])
+def test_what_is_held_out_is_never_fitted(bert, given):
+    for seed in range(3):
+        got = load(given, bert, sequence=64, seed=seed)
+        fitted = set(rows(got.fit))
+        assert got.held_out and not fitted & set(rows(got.held_out))
+        assert not fitted & set(rows(got.general))
+
+
+def test_texts_that_repeat_are_not_held_out(bert):
+    got = load([*["the same text"] * 150, *WORDS[:50]], bert, mixture=0)
+    assert not set(rows(got.fit)) & set(rows(got.held_out))
+    same = load(["the same text"] * 150, bert, mixture=0)
+    assert rows(same.fit) == rows(same.held_out) and "too few to hold any out" in same.source
+
+
+def test_few_rows_hold_none_out():
+    many = [{"x": torch.full((12,), float(i))} for i in range(20)]
+    fit, held = hold_out(many, mlp_graph(), 0)
+    assert (len(fit), len(held)) == (18, 2)
+    assert hold_out(many[:19], mlp_graph(), 0) == (many[:19], [])
+
+
+def test_one_seed_one_calibration(bert):
+    first, same, other = (load(WORDS, bert, seed=seed) for seed in (0, 0, 1))
+    for part in ("fit", "held_out", "general"):
+        assert rows(getattr(first, part)) == rows(getattr(same, part))
+    assert sorted(rows(first.fit)) != sorted(rows(other.fit))
+    assert rows(first.general) == rows(other.general)
+
+
+def test_nothing_given_means_general_text_only_beside_a_tokenizer(bert):
+    got = load(None, bert)
+    fit, held = general_passages()
+    assert got.source == f"{len(fit)} general texts (WordNet glosses, shipped with tilecut)"
+    assert len(rows(got.fit)) == len(fit) and len(rows(got.held_out)) == len(held) and got.general is got.held_out
+    assert not set(rows(load(None, bert, sequence=512).fit)) & set(rows(load(None, bert, sequence=512).held_out))
     assert load_calibration(None, bert_graph(), tiny_bert(), 8) is None
     assert load_calibration(None, mlp_graph(), TinyMlp(), 8) is None
 
 
-def test_files_of_every_kind(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n two \n", encoding="utf-8")
-    assert read_texts(tmp_path / "a.txt") == (["one", "two"], None)
-    (tmp_path / "a.tsv").write_text('split\ttext\tlabel\ntrain\ta "quote\t1\ntest\tb\t0\n', encoding="utf-8")
-    assert read_texts(tmp_path / "a.tsv") == (['a "quote'], [1])
-    (tmp_path / "b.tsv").write_text("id\tdescription\n1\tfirst\n", encoding="utf-8")
-    assert read_texts(tmp_path / "b.tsv") == (["first"], None)
-    rows = [{"text": "x", "label": 2}, {"text": "y", "label": 0}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    assert read_texts(tmp_path / "a.jsonl") == (["x", "y"], [2, 0])
-    (tmp_path / "b.jsonl").write_text('{"text": "x", "label": 2}\n{"text": "y"}\n', encoding="utf-8")
-    assert read_texts(tmp_path / "b.jsonl") == (["x", "y"], None)
+def test_files_and_their_train_split(bert, tmp_path):
+    got = load(TEXTS, bert, sequence=16, mixture=0)
+    assert got.source == f"debian_sections.tsv, {MAX_ROWS} texts"
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(WORDS), encoding="utf-8")
+    for given in (path, str(path)):
+        assert sorted(rows(load(given, bert).fit)) == sorted(rows(load(WORDS, bert).fit))
 
 
-def test_the_real_text_reads_its_train_split_alone():
-    texts, labels = read_texts(TEXTS)
-    with TEXTS.open(encoding="utf-8") as file:
-        assert len(texts) == sum(line.startswith("train\t") for line in file)
-    assert labels is None
+def test_pairs_are_tokenized_as_pairs(bert):
+    pairs = datasets.Dataset.from_dict({"sentence1": ["one"] * 3, "sentence2": ["two", "three", "four"]})
+    got = load(pairs, bert, mixture=0)
+    assert sorted(rows(got.fit)) == sorted(
+        (CLS, *ids_of("one"), SEP, *ids_of(b), SEP) for b in ("two", "three", "four")
+    )
+    types = torch.cat([b.inputs["token_type_ids"] * b.inputs["attention_mask"] for b in got.fit])
+    assert types.sum(1).tolist() == [len(b) + 1 for b in ("two", "four", "three")]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", b"x", "unknown kind of calibration file; got .csv; wanted .txt, .tsv or .jsonl"),
-        ("a.txt", b"\xff\xfe\x00", "not UTF-8 text"),
-        ("a.txt", b" \n\n", "the file holds no text"),
-        ("a.tsv", b"", "the file holds no text"),
-        ("a.tsv", b"text\tlabel\nx\tgood\n", "row 1: a label is no integer; got 'good'"),
-        ("a.jsonl", b'{"text": "x"}\nnot json\n', "a.jsonl:2: not a JSON object"),
-        ("a.jsonl", b'{"body": "x"}\n', 'not a JSON object with a "text"'),
-        ("a.jsonl", b'{"text": null}\n', 'not a JSON object with a "text"; got {"text": null}'),
-        ("a.jsonl", b'\n\n["text"]\n', "a.jsonl:3: not a JSON object"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not a JSON object"),
-        ("a.jsonl", b'{"text": "x", "label": ' + b"1" * 5000 + b"}", "a.jsonl:1: not a JSON object"),
-        ("a.jsonl", b'{"text": "x", "label": 1e400}\n', "row 1: a label is no integer; got inf"),
-        ("a.jsonl", b'{"text": "x", "label": 1.7}\n', "row 1: a label is no integer; got 1.7"),
-        ("a.jsonl", b'{"text": "x", "label": 9223372036854775808}\n', "row 1: a label is no integer"),
-        ("a.jsonl", b'{"text": "x", "label": [1]}\n', "row 1: a label is no integer; got [1]"),
-        ("a.tsv", b"text\tlabel\nx\t1\ny\t2\tz\n", "row 2: more fields than the header has; got 3; wanted 2"),
-        ("a.tsv", b"label\tsplit\n1\ttrain\n", "no column holds text; got label, split"),
-    ],
-)
-def test_bad_files(name, content, message, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(CalibrationError) as caught:
-        read_texts(tmp_path / name)
-    assert message in str(caught.value)
+def test_labels_stay_with_their_texts_and_general_text_has_none(classifier):
+    labelled = datasets.Dataset.from_dict({"text": WORDS, "label": [i % 4 for i in range(200)]})
+    got = load(labelled, classifier)
+    wanted = {ids(text): i % 4 for i, text in enumerate(WORDS)}
+    assert got.scoring != got.fit
+    for batch in got.scoring + got.held_out:
+        assert [wanted[row] for row in rows([batch])] == batch.labels.tolist()
+    assert len(rows(got.scoring)) == 180
+    general = [b for b in got.fit if b.labels is None]
+    assert len(rows(general)) == 60 and all(b.labels is None for b in got.general)
+    unlabelled = load(WORDS, classifier)
+    assert unlabelled.scoring == unlabelled.fit
+
+
+def test_labels_of_texts_that_no_output_fits_are_said(bert):
+    got = load([{"text": text, "label": 1} for text in WORDS], bert)
+    assert all(b.labels is None for b in got.fit)
+    assert got.notes[0].startswith("labels were not used: the output last_hidden_state: float32 [batch, sequence, 32]")
+
+
+def test_labels_out_of_range_are_one_error(classifier):
+    with pytest.raises(CalibrationError, match="a label is outside the classes; got 0..4; wanted 0..3"):
+        load([(text, i % 5) for i, text in enumerate(WORDS)], classifier)
+
+
+def test_rows_of_ids_are_padded_with_the_tokenizers_pad(bert):
+    given = datasets.Dataset.from_dict({"input_ids": [[7] * (1 + i % 5) + [10 + i] for i in range(40)]})
+    got = load(given, bert, mixture=0)
+    assert sorted(rows(got.fit) + rows(got.held_out)) == sorted(map(tuple, given["input_ids"]))
+    assert got.source == "40 rows"
+    padded = torch.cat([b.inputs["input_ids"][b.inputs["attention_mask"] == 0] for b in got.fit])
+    assert len(padded) and set(padded.tolist()) == {bert[0].config.pad_token_id}
+
+
+def test_batches_beside_a_tokenizer_are_mixed_too(bert):
+    batches = [text_batch(16, 9, seed=i, vocab=SIZE) for i in range(20)]
+    got = load(torch.utils.data.DataLoader(batches, batch_size=None), bert, mixture=0.2)
+    assert len(rows(got.fit)) == 18 * 16 * 5 // 4
+    assert got.source.startswith("20 batches, and 72 general texts")
+
+
+def test_without_a_tokenizer_batches_are_not_mixed_and_that_is_said():
+    batches = [text_batch(16, 9, seed=i) for i in range(20)]
+    got = some(batches, bert_graph(), tiny_bert())
+    assert got.source == "20 batches; no general text: the model has no tokenizer beside it"
+    assert len(got.fit) == 18 and got.general == []
+
+
+def test_a_tokenizer_that_knows_no_word_of_it_adds_no_general_text(tmp_path):
+    model = saved_with_tokenizer(tmp_path, known=False)
+    got = load([text_batch(16, 9, seed=i) for i in range(20)], (model, capture(model)))
+    assert got.source == "20 batches; no general text: its words are unknown" and not got.general
+
+
+def test_a_damaged_tokenizer_matters_to_texts_alone(tmp_path):
+    model = saved_with_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    graph = capture(model)
+    for given in (None, WORDS):
+        with pytest.raises(CalibrationError, match="transformers cannot load the tokenizer"):
+            load(given, (model, graph))
+    got = load([text_batch(16, 9, seed=i) for i in range(20)], (model, graph))
+    assert "no general text" in got.source and "cannot load the tokenizer" in got.source
+
+
+def test_a_stream_without_end(bert):
+    got = load(({"text": f"text {i}"} for i in itertools.count()), bert, sequence=16, mixture=0)
+    assert len(rows(got.fit)) + len(rows(got.held_out)) == MAX_ROWS
+    assert got.notes == [f"the first {MAX_ROWS} rows of a stream were taken"]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["text", 3], "batch 0: not a dict of tensors; got str"),
+        (["text", 3], "calibration row 1: not a text; got int"),
         ({"x": torch.ones(2, 12)}, "a single dict, not an iterable of batches; put it into a list"),
         ([], "no batches"),
         (4.5, "neither batches, texts nor a file; got float"),
-        (["text"], "the model has no tokenizer beside it"),
+        (["text"], "texts: the model takes no input_ids"),
         ("absent.txt", "no such calibration file"),
+        ([{"x": None}], "calibration batch 0: x: no tensor can be made of it"),
+        ([{"x": "text"}], "x: no tensor can be made of it"),
+        ([{"x": object()}], "x: no tensor can be made of it"),
+        ([{"x": [[1.0], [1.0, 2.0]]}], "x: no tensor can be made of it"),
+        ([{"x": [2**70]}], "x: no tensor can be made of it"),
     ],
 )
 def test_bad_calibration(given, message):
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(CalibrationError, match=message) as caught:
         load_calibration(given, mlp_graph(), TinyMlp(), 8)
-
-
-def test_a_tokenizer_is_looked_for_where_the_model_came_from(with_tokenizer):
-    assert tokenizer_folder(with_tokenizer[0]) is not None
-    assert tokenizer_folder(tiny_bert()) is None
-    assert tokenizer_folder(TinyMlp()) is None
-
-
-def test_a_byte_order_mark_blank_lines_and_separators_within_a_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        '\ufeff{"text": "a\u2028b"}\n\n \n{"text": "c\x85d"}\r\n{"text": "e\\u2028f"}', encoding="utf-8"
-    )
-    assert read_texts(tmp_path / "a.jsonl") == (["a\u2028b", "c\x85d", "e\u2028f"], None)
-    (tmp_path / "a.tsv").write_text("\ufefftext\tlabel\r\na\u2028b\t1\r\n\r\nc\t2\r\n", encoding="utf-8")
-    assert read_texts(tmp_path / "a.tsv") == (["a\u2028b", "c"], [1, 2])
-    (tmp_path / "a.txt").write_text("\ufeffa\u2028b\n\nc", encoding="utf-8")
-    assert read_texts(tmp_path / "a.txt") == (["a\u2028b", "c"], None)
-
-
-def test_the_text_column_is_never_the_label_or_the_split(tmp_path):
-    (tmp_path / "a.tsv").write_text("sentence\tlabel\nfine\t1\nbad\t0\n", encoding="utf-8")
-    assert read_texts(tmp_path / "a.tsv") == (["fine", "bad"], [1, 0])
-    (tmp_path / "b.tsv").write_text(
-        "id\tsentence\tlabel\tsplit\n7\tfine\t1\ttrain\n8\tbad\t0\ttest\n", encoding="utf-8"
-    )
-    assert read_texts(tmp_path / "b.tsv") == (["fine"], [1])
-
-
-def test_a_long_field_and_short_rows(tmp_path):
-    text = "word " * 50_000
-    (tmp_path / "a.tsv").write_text(f"text\tlabel\n{text}\t1\nshort\n", encoding="utf-8")
-    assert read_texts(tmp_path / "a.tsv") == ([text.strip(), "short"], None)
-
-
-@pytest.mark.parametrize("value", [None, "text", object(), [[1.0], [1.0, 2.0]], [2**70]])
-def test_what_is_no_tensor_is_one_error(value):
-    with pytest.raises(CalibrationError, match="calibration batch 0: x: no tensor can be made of it") as caught:
-        load_calibration([{"x": value}], mlp_graph(), TinyMlp(), 8)
     assert "\n" not in str(caught.value)
+
+
+def test_texts_need_a_tokenizer():
+    with pytest.raises(CalibrationError, match="texts: the model has no tokenizer beside it; load the model from"):
+        load_calibration(["text"], bert_graph(), tiny_bert(), 8)
+
+
+def test_the_length_is_what_the_model_allows(bert):
+    model, graph = bert
+    assert load_tokenizer(graph, model, 32).length == 32
+    assert load_tokenizer(graph, model, 100_000).length == graph.ranges["sequence"].max == 512

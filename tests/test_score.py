@@ -26,32 +26,6 @@ def batches_for(graph, count=6, labels=False):
 
 
 @pytest.mark.parametrize("method", list(IMPORTANCES))
-def test_planted_dead_units_go_first(method):
-    """Units whose weights after the gate are zero contribute nothing: every importance must put them first."""
-    graph = bert_graph().copy()
-    dead = {"encoder.layer.0:neurons": [3, 7, 40], "encoder.layer.1.attention:heads": [2]}
-    for i in dead["encoder.layer.0:neurons"]:
-        for name, dim in (("output.dense.weight", 1), ("intermediate.dense.weight", 0), ("intermediate.dense.bias", 0)):
-            full = f"encoder.layer.0.{name}"
-            graph.set_tensor(
-                full, torch.nn.Parameter(graph.tensor(full).detach().clone().index_fill(dim, torch.tensor([i]), 0))
-            )
-    rows = torch.arange(16, 24)
-    for name, dim in (
-        ("self.query.weight", 0),
-        ("self.key.weight", 0),
-        ("self.value.weight", 0),
-        ("self.value.bias", 0),
-        ("output.dense.weight", 1),
-    ):
-        full = f"encoder.layer.1.attention.{name}"
-        graph.set_tensor(full, torch.nn.Parameter(graph.tensor(full).detach().clone().index_fill(dim, rows, 0)))
-    rankings = score(method, graph, groups_of(graph), batches_for(graph, labels=True))
-    for name, units in dead.items():
-        assert set(rankings[name].order[: len(units)]) == set(units)
-
-
-@pytest.mark.parametrize("method", list(IMPORTANCES))
 def test_losses_grow_as_units_go(method):
     graph = bert_graph()
     for group in groups_of(graph):

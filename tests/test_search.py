@@ -16,6 +16,10 @@ def group(name, kind, size):
     return Group(name, kind, size, Axis(size), (), ())
 
 
+def sizes_of(groups, lattice):
+    return {g.name: lattice.sizes(g.kind, g.size) for g in groups}
+
+
 def limit(budget, per_unit, what="MACs"):
     return Limit(what, budget, lambda names, sizes: sum(per_unit[n] * sizes[n] for n in names))
 
@@ -35,7 +39,7 @@ def test_the_plan_is_the_best_of_all(data):
     cost = lambda sizes: sum(per_unit[g.name] * n for g, n in zip(groups, sizes))
     least, most = cost([o[0] for o in options]), cost([o[-1] for o in options])
     budget = data.draw(st.integers(least, most))
-    found = search(groups, [[g.name] for g in groups], curves, lattice, [limit(budget, per_unit)])
+    found = search(groups, [[g.name] for g in groups], curves, sizes_of(groups, lattice), [limit(budget, per_unit)])
     loss = lambda sizes: sum(curves[g.name][n] for g, n in zip(groups, sizes))
     best = min(loss(sizes) for sizes in itertools.product(*options) if cost(sizes) <= budget)
     got = [found[g.name] for g in groups]
@@ -48,7 +52,7 @@ def test_groups_that_share_a_contraction_are_priced_together():
     groups = [group("a", "heads", 4), group("b", "vo_width", 4)]
     product = Limit("MACs", 4, lambda names, sizes: sizes["a"] * sizes["b"])
     curves = {"a": [8, 4, 2, 1, 0], "b": [8, 4, 2, 1, 0]}
-    found = search(groups, [["a", "b"]], curves, Lattice({}), [product])
+    found = search(groups, [["a", "b"]], curves, sizes_of(groups, Lattice({})), [product])
     assert found["a"] * found["b"] <= 4
     assert curves["a"][found["a"]] + curves["b"][found["b"]] == 4
 
@@ -57,7 +61,7 @@ def test_several_budgets_hold_together():
     groups = [group("a", "neurons", 10), group("b", "neurons", 10)]
     curves = {n: [10.0 - k for k in range(11)] for n in "ab"}
     limits = [limit(12, {"a": 1, "b": 1}), limit(20, {"a": 4, "b": 1}, "bytes")]
-    found = search(groups, [["a"], ["b"]], curves, Lattice({"neurons": 1}), limits)
+    found = search(groups, [["a"], ["b"]], curves, sizes_of(groups, Lattice({"neurons": 1})), limits)
     assert found["a"] + found["b"] == 12
     assert 4 * found["a"] + found["b"] <= 20
 
@@ -67,7 +71,7 @@ def test_an_infeasible_budget_names_the_smallest_reachable():
     with pytest.raises(
         ConfigError, match=r"no legal model fits the budget of 100 MACs; got the smallest legal one has 160"
     ):
-        search(groups, [["a"]], {"a": [0.0] * 65}, Lattice({"neurons": 16}), [limit(100, {"a": 10})])
+        search(groups, [["a"]], {"a": [0.0] * 65}, sizes_of(groups, Lattice({"neurons": 16})), [limit(100, {"a": 10})])
 
 
 @pytest.mark.parametrize(
@@ -88,5 +92,33 @@ def test_lattices(lattice, kind, size, legal):
 def test_a_size_that_is_given_stays():
     groups = [group("a", "heads", 6), group("b", "neurons", 6)]
     curves = {n: [6.0 - k for k in range(7)] for n in "ab"}
-    found = search(groups, [["a"], ["b"]], curves, Lattice({}), [limit(8, {"a": 1, "b": 1})], fixed={"a": 5})
+    found = search(groups, [["a"], ["b"]], curves, {"a": [5], "b": list(range(1, 7))}, [limit(8, {"a": 1, "b": 1})])
     assert found == {"a": 5, "b": 3}
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_groups_that_must_be_alike_are_the_best_of_all_that_are(data):
+    groups = [group(f"g{i}", "neurons", 6) for i in range(3)] + [group("other", "heads", 4)]
+    per_unit = {g.name: data.draw(st.integers(1, 9)) for g in groups}
+    curves = {}
+    for g in groups:
+        scores = data.draw(st.lists(st.floats(0, 10), min_size=g.size, max_size=g.size))
+        curves[g.name] = [sum(sorted(scores)[: g.size - k]) for k in range(g.size + 1)]
+    sizes = sizes_of(groups, Lattice({}))
+    same = [["g0", "g2"]]
+    every = [dict(zip(sizes, chosen)) for chosen in itertools.product(*sizes.values())]
+    every = [one for one in every if one["g0"] == one["g2"]]
+    cost = lambda one: sum(per_unit[n] * k for n, k in one.items())
+    budget = data.draw(st.integers(min(map(cost, every)), max(map(cost, every))))
+    found = search(groups, [[g.name] for g in groups], curves, sizes, [limit(budget, per_unit)], same)
+    loss = lambda one: sum(curves[n][k] for n, k in one.items())
+    assert found["g0"] == found["g2"]
+    assert cost(found) <= budget
+    assert loss(found) == pytest.approx(min(loss(one) for one in every if cost(one) <= budget), abs=1e-4)
+
+
+def test_groups_that_share_no_size_cannot_be_alike():
+    groups = [group("a", "neurons", 8), group("b", "neurons", 8)]
+    with pytest.raises(ConfigError, match="a and 1 more must have equally many units"):
+        search(groups, [["a"], ["b"]], {n: [0.0] * 9 for n in "ab"}, {"a": [8], "b": [4]}, [], [["a", "b"]])

@@ -1,7 +1,8 @@
 """Calibration batches as the passes see them: tensors by input name, labels apart, padded positions known.
 
-A batch is a dict of tensors named like the graph's inputs; `labels`, when there, are taken out of it. Positions that
-`attention_mask` (see `Batch.mask`) marks 0 are padding: they neither count in a loss nor in a least-squares fit.
+A batch is a dict of tensors named like the graph's inputs; `labels` (or `label`), when there, are taken out of it and
+aligned with the output (`align_labels.py`). Positions that `attention_mask` (see `Batch.mask`) marks 0 are padding: they
+neither count in a loss nor in a least-squares fit. Integers are cast to the input's own type; other names are left out.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilecut_passes.align_labels import IGNORED, align_labels, check_labels, scored_output
 from tilecut_passes.flat_forward import nested_input
-from tilecut_passes.graph import Graph
+from tilecut_passes.graph import Graph, is_call, size_at, source, value_of
 from tilecut_runtime.errors import CalibrationError
 
 
@@ -71,9 +73,10 @@ def check_batches(graph: Graph, batches: Iterable[Mapping[str, Any]]) -> list[Ba
     """Turn the caller's batches into `Batch`es that fit the graph's inputs.
 
     Raises:
-        CalibrationError: no batch, a batch that is no mapping, lacks an input, or has one of another dtype or shape.
+        CalibrationError: no batch, a batch that is no mapping, lacks an input, has one of another dtype or shape, ids
+            that the model has no embedding for, padding only, or labels that the output cannot be compared with.
     """
-    specs = graph.input_specs()
+    specs, tables = graph.input_specs(), _tables(graph)
     out = []
     try:
         given = iter(batches)
@@ -94,7 +97,7 @@ def check_batches(graph: Graph, batches: Iterable[Mapping[str, Any]]) -> list[Ba
                 wanted="{" + ", ".join(s.name for s in specs) + "}",
             )
         held = {k: _tensor(v, f"{where}: {k}") for k, v in _flat(raw, {s.name for s in specs}).items()}
-        labels = held.pop("labels", None)
+        labels = held.pop("labels", held.pop("label", None))
         sizes: dict[str, int] = {}
         inputs = {}
         for spec in specs:
@@ -125,16 +128,48 @@ def check_batches(graph: Graph, batches: Iterable[Mapping[str, Any]]) -> list[Ba
                         wanted=f"{spec} with {sizes or 'those sizes'}",
                     )
             inputs[spec.name] = tensor.to(getattr(torch, spec.dtype))
-        if labels is not None and (labels.ndim == 0 or labels.shape[0] != next(iter(inputs.values())).shape[0]):
-            raise CalibrationError(
-                where,
-                "labels do not match the batch",
-                got=list(labels.shape),
-                wanted=f"[{next(iter(inputs.values())).shape[0]}, ..]",
-            )
+        for name, rows in tables.items():
+            ids = inputs[name]
+            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= rows):
+                raise CalibrationError(
+                    where,
+                    f"input {name} holds an id that the model has no embedding for",
+                    got=f"{int(ids.min())}..{int(ids.max())}",
+                    wanted=f"0..{rows - 1}",
+                    fix="use the model's own tokenizer",
+                )
         if any(t.is_floating_point() and not t.isfinite().all() for t in inputs.values()):
             raise CalibrationError(where, "an input holds NaN or infinity")
-        out.append(Batch(inputs, labels))
+        batch = Batch(inputs, _labels(graph, labels, inputs, sizes, where))
+        if batch.mask is not None and not batch.mask.any():
+            raise CalibrationError(where, "every position is padding")
+        out.append(batch)
     if not out:
         raise CalibrationError("calibration", "no batches", got=0, wanted="at least 1")
     return out
+
+
+def _tables(graph: Graph) -> dict[str, int]:
+    """Inputs that are looked up in an embedding, and how many rows it has."""
+    found = {}
+    for name, node in zip(graph.inputs, graph.placeholders, strict=True):
+        read = [source(u) for u in node.users if is_call(u, torch.ops.aten.embedding.default) and u.args[1] is node]
+        if read:
+            found[name] = min(int(value_of(table).shape[0]) for table in read)
+    return found
+
+
+def _labels(
+    graph: Graph, labels: Tensor | None, inputs: Mapping[str, Tensor], sizes: Mapping[str, int], where: str
+) -> Tensor | None:
+    """Labels beside the outputs that they belong to; None where there are none, or none that counts."""
+    if labels is None:
+        return None
+    rows = next(iter(inputs.values())).shape[0]
+    if labels.ndim == 0 or labels.shape[0] != rows:
+        raise CalibrationError(where, "labels do not match the batch", got=list(labels.shape), wanted=f"[{rows}, ..]")
+    name = scored_output(graph.outputs)
+    spec = next(s for s in graph.output_specs() if s.name == name)
+    labels = align_labels(labels, inputs)
+    check_labels(labels, name, [size_at(dim, sizes) for dim in spec.shape], f"{where}: labels")
+    return labels if labels.is_floating_point() or bool((labels != IGNORED).any()) else None

@@ -1,13 +1,19 @@
-"""The calls that multiply an activation by a weight matrix, in one view: linear, addmm and mm (GPT-2's Conv1D), matmul."""
+"""The calls that multiply an activation by a weight matrix, in one view: linear, addmm and mm (GPT-2's Conv1D), matmul.
+
+The matrix may be read through a transpose, as `x @ weight.T` does.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from tilecut_passes.graph import Graph, arguments, is_call, value_of
+from tilecut_passes.graph import Graph, arguments, is_call, source, value_of
+from tilecut_passes.step_graph import Stepper
+from tilecut_passes.weight_view import read_weight
 
 aten = torch.ops.aten
 
@@ -26,17 +32,24 @@ class DenseLayer:
 
     def matrix(self, graph: Graph) -> Tensor:
         """W as [O, I]."""
-        held = graph.tensor(self.weight).detach()
-        return held.T if self.transposed else held
+        return self.matrices(graph.tensor(self.weight).detach())[0]
 
     def offset(self, graph: Graph) -> Tensor:
         """b as [O]; zeros where there is none."""
         matrix = self.matrix(graph)
         return graph.tensor(self.bias).detach() if self.bias is not None else matrix.new_zeros(len(matrix))
 
-    def held(self, matrix: Tensor) -> Tensor:
-        """A W [O, I] as the tensor holds it."""
-        return (matrix.T if self.transposed else matrix).contiguous()
+    def matrices(self, held: Tensor) -> Tensor:
+        """What the tensor `weight` holds as [1, O, I], a view."""
+        return (held.T if self.transposed else held)[None]
+
+    def rows(self, node: fx.Node, run: Stepper, target: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The rows [N, I] that the call sees in `run` and is to map, and their targets [N, O]."""
+        x = source(node, self.x)
+        seen, real = run.read(x), run.valid(x)
+        if real is not None:
+            seen, target = seen[real], target[real]
+        yield 0, seen.reshape(-1, seen.shape[-1]), target.reshape(-1, target.shape[-1])
 
 
 def dense_layer(node: fx.Node) -> DenseLayer | None:
@@ -49,9 +62,12 @@ def dense_layer(node: fx.Node) -> DenseLayer | None:
         x, weight, bias, transposed = 0, node.args[1], None, True
     else:
         return None
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or value_of(weight).ndim != 2:
+    read = read_weight(weight)
+    if read is None or value_of(read[0]).ndim != 2:
         return None
     if isinstance(bias, fx.Node) and (bias.op != "get_attr" or value_of(bias).ndim != 1):
         # What is added is computed: nothing can be refitted into it, and it cannot be left out.
         return None
-    return DenseLayer(str(weight.target), str(bias.target) if isinstance(bias, fx.Node) else None, x, transposed)
+    return DenseLayer(
+        str(read[0].target), str(bias.target) if isinstance(bias, fx.Node) else None, x, transposed != read[1]
+    )

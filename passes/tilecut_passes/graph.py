@@ -45,6 +45,7 @@ class Graph:
 
     `inputs` are the caller's names of the placeholders, in order (fx may have had to rename a node). `states` are the
     inputs that hold a key-value cache, each with the output that continues it: their heads are cut with the model.
+    `store` says where new tensors go, for models larger than memory (`disk_tensor.py`); None keeps them as they are.
     """
 
     module: fx.GraphModule
@@ -57,6 +58,7 @@ class Graph:
     states: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    store: Callable[[Tensor], Tensor] | None = None
 
     @property
     def fx(self) -> fx.Graph:
@@ -90,6 +92,9 @@ class Graph:
 
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Put a parameter (an `nn.Parameter`) or buffer at `name`, making the modules on the way."""
+        if self.store is not None:
+            stored = self.store(value.detach())
+            value = nn.Parameter(stored, value.requires_grad) if isinstance(value, nn.Parameter) else stored
         place_tensor(self.module, name, value)
 
     def add_tensor(self, name: str, value: Tensor) -> fx.Node:
@@ -127,6 +132,7 @@ class Graph:
             dict(self.states),
             list(self.notes),
             list(self.refusals),
+            self.store,
         )
 
     def in_double(self) -> Graph:

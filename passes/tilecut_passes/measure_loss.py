@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tilecut_passes.align_labels import IGNORED, check_labels, scored_output
 from tilecut_passes.calibration import Batch
 from tilecut_runtime.errors import CalibrationError
 
@@ -30,32 +31,12 @@ def task_loss(outputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
     Raises:
         CalibrationError: labels of another shape, or outside the classes.
     """
-    name = "logits" if "logits" in outputs else next(iter(outputs))
+    name = scored_output(tuple(outputs))
     logits = outputs[name]
+    check_labels(labels, name, logits.shape)
     if labels.is_floating_point():
-        if logits.numel() != labels.numel():
-            raise CalibrationError(
-                "labels",
-                "they do not fit the output",
-                got=list(labels.shape),
-                wanted=f"the shape of {name}, {list(logits.shape)}",
-            )
         return F.mse_loss(logits.reshape(labels.shape).float(), labels.float())
-    if tuple(logits.shape[:-1]) != tuple(labels.shape):
-        raise CalibrationError(
-            "labels",
-            "they do not fit the output",
-            got=list(labels.shape),
-            wanted=f"{list(logits.shape[:-1])}, one for each row of {name} {list(logits.shape)}",
-        )
-    if labels.numel() and (int(labels.max()) >= logits.shape[-1] or int(labels.min()) < -100):
-        raise CalibrationError(
-            "labels",
-            "a label is outside the classes",
-            got=f"{int(labels.min())}..{int(labels.max())}",
-            wanted=f"0..{logits.shape[-1] - 1}, or -100 to ignore",
-        )
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten().long(), ignore_index=-100)
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten().long(), ignore_index=IGNORED)
 
 
 def probe_loss(outputs: Mapping[str, Tensor], batch: Batch, generator: torch.Generator) -> Tensor:

@@ -1,14 +1,21 @@
-"""Refit the weights behind every gate in closed form, so that the pruned model follows the dense one's trajectory.
+"""Refit the weights after a cut in closed form, so that the pruned model follows the dense one's trajectory.
 
-Before: a pruned graph made from `dense` (node names agree). After: every dense layer that lost inputs has the weights
-and bias that solve, over the calibration data,
+Before: a pruned graph made from `dense` (node names agree). After: every layer that lost inputs, or whose inputs
+changed because an earlier one did, has the weights and bias that solve, over the calibration data,
 
     min_W,b  || X W^T + b - T ||^2 + lambda || W - W0 ||^2,      T = Y_dense - (r_pruned - r_dense)
 
 where X are the inputs that the pruned layer now sees (everything before it already refitted), Y_dense the dense
-layer's output, r the residual stream that the branch adds to, and W0 the sliced weights. Layers are solved in graph
-order; dense and pruned run side by side, and only what is still needed of a batch's activations is held. Normal
-equations accumulate in float64 over batches. Left alone: everything else.
+layer's output at the units that stay, r what the output is added to (the residual stream), and W0 the sliced weights.
+Layers are dense layers, convolutions (groups of channels apart) and experts (each over the rows that the dense model
+sends to it). Left alone: layers before the first cut, and those that `refit_sites.py` names a reason for.
+
+Layers are solved in graph order; dense and pruned run side by side, batch after batch, from one layer to the next.
+Held are the normal equations of one layer in float64, and of every batch what later layers still read: in memory up to
+1 GB in all, beyond that (or from the beginning with `offload`) in files. So memory does not grow with the calibration
+data, and where the weights are mapped files too (`load_model`), it does not grow with the model.
+
+A second run starts from refitted weights and moves them on a little, since lambda holds each run to where it starts.
 
 Least-squares refit after structured removal: He et al., Channel Pruning, arXiv 1707.06168; the residual correction
 makes later branches repair what earlier ones lost.
@@ -16,210 +23,197 @@ makes later branches repair what earlier ones lost.
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from tilecut_passes.axes.selection import take
 from tilecut_passes.calibration import Batch
-from tilecut_passes.dense_layer import DenseLayer, dense_layer
-from tilecut_passes.graph import Graph, Refusal, execute, is_call, map_nodes, source, value_of
+from tilecut_passes.check_finite import check_weights
+from tilecut_passes.dense_layer import DenseLayer
+from tilecut_passes.disk_tensor import DiskTensors, WaitingTensors
+from tilecut_passes.graph import Graph, Refusal, source
+from tilecut_passes.plan import PrunePlan
+from tilecut_passes.refit_sites import Kept, RefitLayer, Site, blocks_of, find_changed, find_sites
+from tilecut_passes.share_batches import own_share
+from tilecut_passes.solve_layer import NormalEquations, solve
+from tilecut_passes.step_graph import Schedule, find_choices
+from tilecut_passes.twin_run import TwinRun
 from tilecut_runtime.errors import CalibrationError
 
-aten = torch.ops.aten
-# Contractions of weights that are no dense layers.
-OTHERS = (
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.convolution.default,
-    torch.ops.tilecut.grouped_matmul.default,
-)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A layer to refit: its node in the pruned graph and the residual that its output is added to, or None."""
-
-    node: str
-    layer: DenseLayer
-    residual: str | None
+# Of the equations of many matrices (experts), so many are summed at once; for others the batches are read again.
+EQUATIONS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Solve every dense layer whose inputs were cut.
+    """Solve every layer whose inputs were cut or changed.
 
     Args:
         dense: the graph that the pruned one was made from.
         batches: calibration batches.
+        plan: what it was cut by; without it, layers that lost outputs are left alone.
         ridge: lambda, relative to the mean diagonal of X^T X.
+        offload: folder for activations and new weights; None keeps them in memory as long as they are small.
     """
 
     dense: Graph
     batches: Sequence[Batch]
+    plan: PrunePlan | None = None
     ridge: float = 1e-2
+    offload: Path | None = None
     progress: Callable[[int, int], None] = field(default=lambda done, of: None, compare=False)
 
     def __call__(self, graph: Graph) -> int:
         """Refit in place; returns the number of layers solved.
 
         Raises:
-            CalibrationError: an activation is not finite; names the layer.
+            CalibrationError: a weight or an activation is not finite, or a layer cannot be solved; names the tensor.
         """
-        sites = find_sites(self.dense, graph)
-        graph.refusals += find_refusals(self.dense, graph, sites)
-        runs = [(_Stepper(self.dense, b), _Stepper(graph, b)) for b in self.batches]
+        plan = Kept.of(self.dense, self.plan) if self.plan is not None else None
+        changed, narrowed = find_changed(self.dense, graph, plan)
+        sites, refusals = find_sites(self.dense, graph, plan, changed, narrowed)
+        graph.refusals += refusals
+        follow = find_choices(graph, changed)
+        schedules = Schedule(self.dense, follow), Schedule(graph, follow)
+        runs = [TwinRun(*schedules, batch) for _, batch in own_share(self.batches)]
+        disk = DiskTensors(self.offload) if self.offload is not None else None
+        waiting = WaitingTensors(disk, limit=0) if disk else WaitingTensors()
+        done = 0
         with torch.no_grad():
-            for i, site in enumerate(sites):
-                self._solve(graph, site, runs)
-                self.progress(i + 1, len(sites))
+            for block in blocks_of(sites, graph):
+                graph.refusals += _Refit(self.dense, graph, block, self.ridge).over(runs, waiting, disk or (lambda t: t))
+                done += len(block)
+                self.progress(done, len(sites))
         return len(sites)
 
-    def _solve(self, graph: Graph, site: Site, runs: list[tuple[_Stepper, _Stepper]]) -> None:
-        weight, bias = site.layer.matrix(graph), site.layer.offset(graph)
-        width = weight.shape[1]
-        # A last column of ones carries the bias.
-        gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
-        cross = torch.zeros(width + 1, weight.shape[0], dtype=torch.float64)
-        for dense, pruned in runs:
-            dense.run_to(site.node, inclusive=True)
-            pruned.run_to(site.node, inclusive=False)
-            target = dense.value(site.node)
-            if site.residual is not None:
-                moved = pruned.value(site.residual) - dense.value(site.residual)
-                target = target - moved.reshape(target.shape)
-            seen = pruned.value(source(pruned.node(site.node), site.layer.x).name)
-            x, y = pruned.batch.rows(seen).float(), pruned.batch.rows(target).float()
-            if not x.isfinite().all() or not y.isfinite().all():
-                raise CalibrationError(
-                    "reconstruct",
-                    f"activations at {site.layer.weight} are not finite",
-                    fix="look for NaN or infinity in the weights or the calibration data",
-                )
-            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-            # One batch's products in float32, their sum in float64.
-            gram += (x.T @ x).double().cpu()
-            cross += (x.T @ y).double().cpu()
-        start = torch.cat([weight.double(), bias.double()[:, None]], 1).T
-        solved = _ridge(gram, cross, start, self.ridge, with_bias=site.layer.bias is not None)
-        graph.set_tensor(site.layer.weight, nn.Parameter(site.layer.held(solved[:-1].T.to(weight.dtype))))
-        if site.layer.bias is not None:
-            graph.set_tensor(site.layer.bias, nn.Parameter(solved[-1].to(weight.dtype).contiguous()))
+
+class _Refit:
+    """One block of sites: dense layers that multiply the same rows, or any one layer."""
+
+    def __init__(self, dense: Graph, graph: Graph, block: Sequence[Site], ridge: float):
+        self.dense, self.graph, self.block, self.ridge = dense, graph, block, ridge
+        self.first = block[0]
+        matrices = self._matrices(self.first)
+        self.parts, outputs, self.inputs = matrices.shape
+        # X^T (X_dense W^T) = (X^T X_dense) W^T: where a block has more outputs than inputs, and no residual, these are
+        # fewer numbers, and the dense layer need not run.
+        self.through_inputs = False
+        if isinstance(self.first.layer, DenseLayer) and not self.first.residuals:
+            inputs = self.first.layer.matrix(dense).shape[1]
+            self.through_inputs = len(block) > 1 or outputs > inputs
+            outputs = inputs if self.through_inputs else outputs
+        self.columns = outputs
+
+    def _matrices(self, site: Site) -> Tensor:
+        return site.layer.matrices(self.graph.tensor(site.layer.weight).detach())
+
+    def over(self, runs: Sequence[TwinRun], waiting: WaitingTensors, keep: Callable[[Tensor], Tensor]) -> list[Refusal]:
+        """Sum over the batches, solve, and put the new tensors where `keep` says; returns what was left alone."""
+        owned = {t.untyped_storage().data_ptr() for g in (self.dense, self.graph) for t in g.tensors.values()}
+        tensors: list[_NewTensors] = []
+        at_once = max(1, EQUATIONS_BYTES // (8 * (self.inputs + 1) * (self.inputs + 1 + self.columns)))
+        starved = []
+        for low in range(0, self.parts, at_once):
+            parts = range(low, min(low + at_once, self.parts))
+            equations = {part: NormalEquations(self.inputs, self.columns) for part in parts}
+            for run in runs:
+                run.run_to(self.first.node, inclusive=not self.through_inputs)
+                node, target = run.pruned.node(self.first.node), self._target(run)
+                for part, x, y in self.first.layer.rows(node, run.pruned, target):
+                    if part in equations:
+                        equations[part].add(x, y)
+                run.wait(waiting, owned)
+            # Not before: they need not be in memory beside the activations.
+            tensors = tensors or [_NewTensors(self.graph, site.layer) for site in self.block]
+            for part in parts:
+                starved += [] if self._solve(part, equations.pop(part), tensors) else [part]
+        for one in tensors:
+            one.put(keep)
+        if not starved:
+            return []
+        shown = ", ".join(map(str, starved[:8])) + (", .." if len(starved) > 8 else "")
+        why = f"parts {shown} of {self.parts} saw fewer rows than they have inputs ({self.inputs}): left as they are"
+        return [Refusal("Reconstruct", self.first.node, why)]
+
+    def _target(self, run: TwinRun) -> Tensor:
+        """The dense layer's output, less what the residual stream has moved by; or its input, where that is enough."""
+        site, node = self.first, run.dense.node(self.first.node)
+        if self.through_inputs:
+            assert isinstance(site.layer, DenseLayer)
+            return run.dense.read(source(node, site.layer.x))
+        return run.target(site)
+
+    def _solve(self, part: int, equations: NormalEquations, tensors: list[_NewTensors]) -> bool:
+        """Solve one part of every site; returns whether it had the rows for it."""
+        equations.share()
+        if not equations.is_finite():
+            self._blame("activations")
+        if self.parts > 1 and equations.rows < self.inputs:
+            return False
+        if (padding := self.first.padded_inputs(part, self.inputs)) is not None:
+            equations.ignore(padding)
+        sums = equations.gram[:, -1].clone()
+        try:
+            factor = equations.factor(self.ridge, with_bias=self.first.layer.bias is not None)
+        except ArithmeticError as e:
+            raise CalibrationError(
+                "reconstruct",
+                f"{self.first.layer.weight} cannot be solved for: {e}",
+                fix="give more calibration data, or a larger ridge",
+            ) from e
+        for site, new in zip(self.block, tensors, strict=True):
+            matrix, offset = new.part(part)
+            solve(factor, matrix, offset, self._cross(site, equations.cross, sums))
+            if not matrix.isfinite().all():
+                self._blame("solved weights")
+        return True
+
+    def _cross(self, site: Site, cross: Tensor, sums: Tensor) -> Callable[[slice], Tensor]:
+        """X^T T for a slice of a site's outputs."""
+        if not self.through_inputs:
+            return lambda here: cross[:, here]
+        assert isinstance(site.layer, DenseLayer)
+        matrix, offset = site.layer.matrix(self.dense), site.layer.offset(self.dense)
+
+        def through(here: slice) -> Tensor:
+            weight, bias = matrix[here], offset[here]
+            if site.outputs is not None:
+                weight, bias = take(matrix, 0, site.outputs[here]), take(offset, 0, site.outputs[here])
+            return cross @ weight.double().T.cpu() + sums[:, None] * bias.double().cpu()
+
+        return through
+
+    def _blame(self, what: str) -> None:
+        """Raise for what is not finite."""
+        check_weights(self.dense, "reconstruct")
+        check_weights(self.graph, "reconstruct")
+        raise CalibrationError(
+            "reconstruct",
+            f"{what} at {self.first.layer.weight} are not finite",
+            fix="look for NaN or infinity in the calibration data, and for weights of extreme size",
+        )
 
 
-def _ridge(gram: Tensor, cross: Tensor, start: Tensor, ridge: float, with_bias: bool) -> Tensor:
-    """Solve (X^T X + lambda I) delta = X^T (T - X start) and return start + delta; the bias is not penalised."""
-    size = len(gram) if with_bias else len(gram) - 1
-    penalty = ridge * gram.diagonal()[:-1].mean().clamp_min(1e-12)
-    diagonal = torch.full((size,), float(penalty), dtype=gram.dtype)
-    if with_bias:
-        diagonal[-1] = 1e-9 * gram[-1, -1]
-    left = gram[:size, :size] + torch.diag(diagonal)
-    right = (cross - gram @ start)[:size]
-    delta = torch.cholesky_solve(right, torch.linalg.cholesky(left))
-    return torch.cat([start[:size] + delta, start[size:]])
+class _NewTensors:
+    """The tensors of a layer while its parts are solved, one after another."""
 
+    def __init__(self, graph: Graph, layer: RefitLayer):
+        self.graph, self.layer = graph, layer
+        self.held = [graph.tensor(name).detach() for name in (layer.weight, layer.bias) if name is not None]
+        self.new = [torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t) for t in self.held]
 
-def find_sites(dense: Graph, pruned: Graph) -> list[Site]:
-    """Dense layers of the pruned graph with fewer inputs than their twins in the dense graph, in graph order."""
-    uses = collections.Counter(str(x.target) for n in pruned.nodes for x in n.all_input_nodes if x.op == "get_attr")
-    order = {node: i for i, node in enumerate(pruned.nodes)}
-    sites = []
-    for node, layer in _narrowed(dense, pruned):
-        # A weight or bias that several layers share has no one target.
-        if layer is not None and uses[layer.weight] == 1 and (layer.bias is None or uses[layer.bias] == 1):
-            sites.append(Site(node.name, layer, _residual(node, order)))
-    return sites
+    def part(self, part: int) -> tuple[Tensor, Tensor | None]:
+        """Matrix [O, I] and offset [O] of a part, as views of the new tensors: W0 before it is solved."""
+        matrices = self.layer.matrices(self.new[0])
+        outputs = matrices.shape[1]
+        return matrices[part], self.new[1][part * outputs : (part + 1) * outputs] if len(self.new) > 1 else None
 
-
-def find_refusals(dense: Graph, pruned: Graph, sites: Sequence[Site]) -> list[Refusal]:
-    """Contractions of weights whose inputs were cut and that are not refitted."""
-    refitted = {site.node for site in sites}
-    return [
-        Refusal("Reconstruct", node.name, "its weight or bias is shared" if layer else "no dense layer: left as it is")
-        for node, layer in _narrowed(dense, pruned)
-        if node.name not in refitted
-    ]
-
-
-def _narrowed(dense: Graph, pruned: Graph) -> Iterator[tuple[fx.Node, DenseLayer | None]]:
-    """Contractions of a weight that has fewer units to sum over than in the dense graph."""
-    twins = {n.name: n for n in dense.nodes}
-    for node in pruned.nodes:
-        layer, twin = dense_layer(node), twins.get(node.name)
-        if twin is None:
-            continue
-        if layer is not None:
-            if layer.matrix(pruned).shape[1] != layer.matrix(dense).shape[1]:
-                yield node, layer
-        elif is_call(node, *OTHERS) and _contracted(node) != _contracted(twin):
-            yield node, None
-
-
-def _contracted(node: fx.Node) -> int:
-    """How many units a convolution or a grouped matmul sums over."""
-    return value_of(source(node)).shape[1]
-
-
-def _residual(layer: fx.Node, order: dict[fx.Node, int]) -> str | None:
-    """The tensor that the layer's output is added to, when it is known before the layer runs."""
-    out = layer
-    users = list(out.users)
-    if len(users) == 1 and is_call(users[0], aten.reshape.default):
-        out = users[0]
-        users = list(out.users)
-    if len(users) != 1 or not is_call(users[0], aten.add.Tensor) or users[0].kwargs:
-        return None
-    others = [x for x in users[0].args if x is not out]
-    if len(others) != 1 or not isinstance(others[0], fx.Node) or others[0].op != "call_function":
-        return None
-    known = order[others[0]] < order[layer] and value_of(others[0]).shape == value_of(out).shape
-    return others[0].name if known else None
-
-
-class _Stepper:
-    """Runs a graph on one batch, stopping where asked; keeps what later nodes still read, and what is asked for."""
-
-    def __init__(self, graph: Graph, batch: Batch):
-        self.graph, self.batch = graph, batch
-        self.nodes = [n for n in graph.nodes if n.op != "output"]
-        self.last_use = {read: i for i, n in enumerate(graph.nodes) for read in n.all_input_nodes}
-        self.at = 0
-        self.values: dict[fx.Node, Any] = {}
-        self.by_name = {n.name: n for n in self.nodes}
-        self.position = {n.name: i for i, n in enumerate(self.nodes)}
-        self.names = dict(zip(graph.placeholders, graph.inputs, strict=True))
-
-    def node(self, name: str) -> fx.Node:
-        return self.by_name[name]
-
-    def value(self, name: str) -> Tensor:
-        return self.values[self.by_name[name]]
-
-    def run_to(self, name: str, inclusive: bool) -> None:
-        """Run up to the node called `name`; stops before it unless inclusive."""
-        stop = self.position[name] + (1 if inclusive else 0)
-        self._forget(self.at)
-        while self.at < stop:
-            node = self.nodes[self.at]
-            if node.op == "placeholder":
-                self.values[node] = self.batch.inputs[self.names[node]]
-            elif node.op == "call_function":
-                args, kwargs = map_nodes(self._read, node.args, node.kwargs)
-                self.values[node] = execute(node, args, kwargs)
-            self.at += 1
-            # The sources of the node at the stop are still read by the caller.
-            if self.at < stop:
-                self._forget(self.at, node)
-
-    def _read(self, node: fx.Node) -> Any:
-        # Weights are read where they are used, so that a refitted one is seen.
-        return self.graph.tensor(str(node.target)) if node.op == "get_attr" else self.values[node]
-
-    def _forget(self, at: int, node: fx.Node | None = None) -> None:
-        for held in list(self.values) if node is None else node.all_input_nodes:
-            if self.last_use.get(held, -1) < at and held in self.values:
-                del self.values[held]
+    def put(self, keep: Callable[[Tensor], Tensor]) -> None:
+        """Put the new tensors into the graph."""
+        names = [name for name in (self.layer.weight, self.layer.bias) if name is not None]
+        for name, tensor in zip(names, self.new, strict=True):
+            self.graph.set_tensor(name, nn.Parameter(keep(tensor), self.graph.tensor(name).requires_grad))

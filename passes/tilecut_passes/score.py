@@ -1,24 +1,22 @@
 """Importance: in which order a group's units should go, and what is lost when only k of them stay.
 
-Each method is a function from the dense graph, its groups and calibration batches to a `Ranking` for every group:
-
-    obs        optimal brain surgeon in the metric of the model's own outputs (see `score_surgeon.py`); the default
-    fisher     diagonal Fisher information of the gates (see `score_gates.py`)
-    taylor     first-order change of the loss at the gates; needs labels (see `score_gates.py`)
-    magnitude  norm of everything that a unit owns; needs no data (below)
+Each method is a function from the dense graph, its groups and calibration batches to a `Ranking` for every group.
+`IMPORTANCES` names them and the module that specifies each; docs/importance.md compares them. Losses of all groups are
+traded in one knapsack, so a method gives them one scale, and its module says which.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.calibration import Batch
+from tilecut_passes.check_finite import check_weights
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import CalibrationError, ConfigError
 
@@ -77,7 +75,8 @@ def score(
 
     Raises:
         ConfigError: no such method.
-        CalibrationError: the method needs batches or labels that are not there, or a score is not finite.
+        CalibrationError: the method needs batches or labels that are not there; a weight, an activation (both named) or
+            a score is not finite.
     """
     importance = IMPORTANCES.get(method)
     if importance is None:
@@ -86,14 +85,25 @@ def score(
         raise CalibrationError(
             "score", f"method {method!r} needs calibration batches", fix="pass calibration=, or method='magnitude'"
         )
-    if importance.needs_labels and any(b.labels is None for b in batches):
+    if importance.needs_labels and all(b.labels is None for b in batches):
         raise CalibrationError(
             "score",
             f"method {method!r} needs labels",
             got="batches without labels",
             fix="add labels to the batches, or use method='obs' or 'fisher'",
         )
+    check_weights(graph)
     rankings = importance.compute()(graph, groups, batches, seed, progress or (lambda done, of: None))
+    check_rankings(rankings)
+    return dict(rankings)
+
+
+def check_rankings(rankings: Mapping[str, Ranking]) -> None:
+    """Refuse losses that are not finite.
+
+    Raises:
+        CalibrationError: names the group.
+    """
     for name, ranking in rankings.items():
         if not all(math.isfinite(loss) for loss in ranking.losses):
             raise CalibrationError(
@@ -101,54 +111,25 @@ def score(
                 f"the scores of {name} are not finite",
                 fix="look for NaN or infinity in the model's weights or the calibration data",
             )
-    return dict(rankings)
 
 
-def score_magnitude(
-    graph: Graph, groups: Sequence[Group], batches: Sequence[Batch], seed: int, progress: Progress
-) -> dict[str, Ranking]:
-    """L2 norm of everything that a unit owns, relative to its group's mean."""
-    rankings = {}
-    for i, group in enumerate(groups):
-        total = torch.zeros(group.size, dtype=torch.float64)
-        for units in member_slices(graph, group):
-            total += units.double().square().reshape(group.size, -1).sum(1).cpu()
-        norms = total.sqrt()
-        rankings[group.name] = Ranking.of_scores(norms / norms.mean().clamp_min(1e-12))
-        progress(i + 1, len(groups))
-    return rankings
-
-
-def member_slices(graph: Graph, group: Group) -> Iterator[Tensor]:
-    """For each member that is a weight, its part with the group's units first: [size, ..]."""
-    for member in group.members:
-        tensor = graph.tensor(member.parameter).detach()
-        if tensor.is_floating_point():
-            part = tensor.narrow(member.dim, member.start, math.prod(member.view)).unflatten(member.dim, member.view)
-            yield part.movedim(member.dim + member.axis, 0)
-
-
-def _surgeon() -> Compute:
-    from tilecut_passes.score_surgeon import score_surgeon
-
-    return score_surgeon
-
-
-def _fisher() -> Compute:
-    from tilecut_passes.score_gates import score_fisher
-
-    return score_fisher
-
-
-def _taylor() -> Compute:
-    from tilecut_passes.score_gates import score_taylor
-
-    return score_taylor
+def _from(module: str, function: str, needs_data: bool = True, needs_labels: bool = False) -> Importance:
+    """An importance in a module of this package, imported when it is asked for."""
+    return Importance(
+        needs_data, needs_labels, lambda: getattr(importlib.import_module(f"tilecut_passes.{module}"), function)
+    )
 
 
 IMPORTANCES: dict[str, Importance] = {
-    "obs": Importance(needs_data=True, needs_labels=False, compute=_surgeon),
-    "fisher": Importance(needs_data=True, needs_labels=False, compute=_fisher),
-    "taylor": Importance(needs_data=True, needs_labels=True, compute=_taylor),
-    "magnitude": Importance(needs_data=False, needs_labels=False, compute=lambda: score_magnitude),
+    "obs": _from("score_surgeon", "score_surgeon"),
+    "fisher": _from("score_gates", "score_fisher"),
+    "fisher_block": _from("score_gates", "score_fisher_block"),
+    "taylor": _from("score_gates", "score_taylor", needs_labels=True),
+    "magnitude": _from("score_weights", "score_magnitude", needs_data=False),
+    "magnitude_l1": _from("score_weights", "score_magnitude_l1", needs_data=False),
+    "wanda": _from("score_activations", "score_wanda"),
+    "flap": _from("score_activations", "score_flap"),
+    "reap": _from("score_activations", "score_reap"),
+    "attention": _from("score_attention", "score_attention"),
+    "sensitivity": _from("score_sensitivity", "score_sensitivity"),
 }

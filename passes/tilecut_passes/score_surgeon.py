@@ -18,21 +18,20 @@ that both kinds of score say the same of the groups that have both (the median r
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.calibration import Batch
-from tilecut_passes.dense_layer import DenseLayer, dense_layer
-from tilecut_passes.graph import Graph, source
+from tilecut_passes.dense_layer import dense_layer
+from tilecut_passes.graph import Graph
+from tilecut_passes.layer_statistics import LayerStatistics, collect_statistics
 from tilecut_passes.mask import unit_of
-from tilecut_passes.measure_loss import measure_loss
 from tilecut_passes.score import Progress, Ranking
 from tilecut_passes.score_gates import score_fisher
-from tilecut_runtime.errors import CalibrationError
 
 # lambda, relative to the mean diagonal of X^T X: enough to invert where inputs depend on each other.
 RIDGE = 1e-3
@@ -40,98 +39,55 @@ RIDGE = 1e-3
 STEPS = 96
 
 
-@dataclass
-class _Site:
-    """A dense layer behind a gate, with the statistics of its inputs (with a column of ones) and output gradients."""
-
-    weight: Tensor
-    bias: Tensor
-    gram: Tensor
-    fisher: Tensor
-    rows: int = 0
-
-
 def score_surgeon(
     graph: Graph, groups: Sequence[Group], batches: Sequence[Batch], seed: int, progress: Progress
 ) -> dict[str, Ranking]:
     """Removal orders and cost curves of groups whose gates feed dense layers; the others' by Fisher diagonal."""
-    layers = {sink.node.name: dense_layer(sink.node) for g in groups for sink in g.gates}
-    surgical = [g for g in groups if all(layers[sink.node.name] is not None for sink in g.gates)]
-    others = [g for g in groups if g not in surgical]
+    surgical = surgical_groups(groups)
     if not surgical:
         return score_fisher(graph, groups, batches, seed, progress)
-    used = {sink.node.name for g in surgical for sink in g.gates}
-    sites = {name: _new_site(graph, layer) for name, layer in layers.items() if layer is not None and name in used}
+    others = len(surgical) < len(groups)
     steps = len(batches) + len(surgical) + (len(batches) if others else 0)
-    generator = torch.Generator().manual_seed(seed)
-    for i, batch in enumerate(batches):
-        _collect(graph, batch, sites, generator)
-        progress(i + 1, steps)
+    nodes = [sink.node.name for g in surgical for sink in g.gates]
+    statistics = collect_statistics(graph, nodes, batches, seed, True, lambda done, of: progress(done, steps))
+    return order_units(
+        graph, groups, statistics, batches, seed, lambda done, of: progress(len(batches) + done, len(batches) + of)
+    )
+
+
+def surgical_groups(groups: Sequence[Group]) -> list[Group]:
+    """The groups whose gates all feed dense layers."""
+    return [g for g in groups if all(dense_layer(sink.node) is not None for sink in g.gates)]
+
+
+def order_units(
+    graph: Graph,
+    groups: Sequence[Group],
+    found: Mapping[str, LayerStatistics],
+    batches: Sequence[Batch],
+    seed: int,
+    progress: Progress,
+) -> dict[str, Ranking]:
+    """The rankings, from statistics (with gradients) of the layers behind the surgical groups' gates."""
+    surgical = surgical_groups(groups)
+    others = [g for g in groups if g not in surgical]
+    steps = len(surgical) + (len(batches) if others else 0)
     rankings = {}
     for i, group in enumerate(surgical):
         units = [unit_of(sink.axis, group.axis) for sink in group.gates]
-        rankings[group.name] = _remove_in_order(group.size, [sites[sink.node.name] for sink in group.gates], units)
-        progress(len(batches) + i + 1, steps)
+        states = [_State.start(graph, found[sink.node.name]) for sink in group.gates]
+        rankings[group.name] = _remove_in_order(group.size, states, units)
+        progress(i + 1, steps)
     if others:
-        fisher = score_fisher(graph, groups, batches, seed, lambda done, of: progress(steps - of + done, steps))
+        fisher = score_fisher(graph, others + surgical, batches, seed, lambda done, of: progress(steps - of + done, steps))
         ratios = [rankings[g.name].losses[0] / fisher[g.name].losses[0] for g in surgical if fisher[g.name].losses[0]]
         scale = statistics.median(ratios) if ratios else 1.0
         rankings |= {g.name: fisher[g.name].scaled(scale) for g in others}
     return {g.name: rankings[g.name] for g in groups}
 
 
-def _new_site(graph: Graph, layer: DenseLayer) -> _Site:
-    weight = layer.matrix(graph)
-    out, width = weight.shape
-    zeros = torch.zeros(width + 1, width + 1, dtype=torch.float64)
-    return _Site(weight, layer.offset(graph), zeros, torch.zeros(out, out, dtype=torch.float64))
-
-
-class _Probe(fx.Interpreter):
-    """Runs a graph and keeps the inputs and outputs of the layers asked for."""
-
-    def __init__(self, graph: Graph, wanted: set[str]):
-        super().__init__(graph.module)
-        self.wanted = wanted
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        layer = dense_layer(n) if n.name in self.wanted else None
-        read = self.env[source(n, layer.x)] if layer is not None else None
-        result = super().run_node(n)
-        if read is not None:
-            result.retain_grad()
-            self.seen[n.name] = (read.detach(), result)
-        return result
-
-
-def _collect(graph: Graph, batch: Batch, sites: dict[str, _Site], generator: torch.Generator) -> None:
-    """Add one batch's statistics to every site."""
-    probe = _Probe(graph, set(sites))
-    with torch.enable_grad():
-        outputs = dict(zip(graph.outputs, probe.run(*(batch.inputs[name] for name in graph.inputs)), strict=True))
-        loss = measure_loss(outputs, batch, generator)
-        torch.autograd.backward(loss, inputs=[y for _, y in probe.seen.values()])
-    for name, (x, y) in probe.seen.items():
-        if y.grad is None:
-            continue
-        if not x.isfinite().all() or not y.grad.isfinite().all():
-            raise CalibrationError(
-                "score",
-                f"activations or gradients at {name} are not finite",
-                fix="look for NaN or infinity in the weights or the calibration data",
-            )
-        site = sites[name]
-        rows, gradients = batch.rows(x), batch.rows(y.grad)
-        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-        site.gram += (rows.T @ rows).double().cpu()
-        site.fisher += (gradients.T @ gradients).double().cpu()
-        site.rows += len(rows)
-
-
-def _remove_in_order(size: int, sites: Sequence[_Site], units: Sequence[Tensor]) -> Ranking:
+def _remove_in_order(size: int, states: Sequence[_State], units: Sequence[Tensor]) -> Ranking:
     """Remove the cheapest units, a few at a time, until none is left."""
-    states = [_State.start(site) for site in sites]
     columns = [[(unit == u).nonzero()[:, 0] for u in range(size)] for unit in units]
     alive = list(range(size))
     order: list[int] = []
@@ -158,16 +114,16 @@ class _State:
     h: Tensor
 
     @staticmethod
-    def start(site: _Site) -> _State:
-        ridge = torch.full(
-            (len(site.gram),), float(RIDGE * site.gram.diagonal()[:-1].mean().clamp_min(1e-12)), dtype=torch.float64
-        )
-        ridge[-1] = 1e-9 * site.gram[-1, -1]
-        weights = torch.cat([site.weight.double().cpu(), site.bias.double().cpu()[:, None]], 1)
+    def start(graph: Graph, one: LayerStatistics) -> _State:
+        assert one.fisher is not None
+        gram = one.gram
+        ridge = torch.full((len(gram),), float(RIDGE * gram.diagonal()[:-1].mean().clamp_min(1e-12)), dtype=gram.dtype)
+        ridge[-1] = 1e-9 * gram[-1, -1]
+        weights = torch.cat([one.layer.matrix(graph).double(), one.layer.offset(graph).double()[:, None]], 1).cpu()
         # M is positive semidefinite but for rounding: its square root comes from the eigenvalues that are positive.
-        values, vectors = torch.linalg.eigh(site.fisher / max(site.rows, 1))
+        values, vectors = torch.linalg.eigh(one.fisher / max(one.rows, 1))
         root = values.clamp_min(0).sqrt()[:, None] * vectors.T
-        return _State((root @ weights).float(), torch.linalg.inv(site.gram + torch.diag(ridge)).float())
+        return _State((root @ weights).float(), torch.linalg.inv(gram + torch.diag(ridge)).float())
 
     def costs(self, columns: Sequence[Tensor]) -> Tensor:
         """The cost of removing each set of columns alone."""

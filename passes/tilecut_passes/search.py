@@ -84,9 +84,9 @@ def search(
     groups: Sequence[Group],
     sets: Sequence[Sequence[str]],
     curves: Mapping[str, Sequence[float]],
-    lattice: Lattice,
+    sizes: Mapping[str, Sequence[int]],
     limits: Sequence[Limit],
-    fixed: Mapping[str, int] | None = None,
+    alike: Sequence[Sequence[str]] = (),
 ) -> dict[str, int]:
     """How many units every group keeps: legal, within every limit, and losing least.
 
@@ -94,30 +94,70 @@ def search(
         groups: the groups to choose for.
         sets: their names, split so that sets share no cost (see `MacCounter.groups_together`).
         curves: group name -> importance lost when only k units stay, for k = 0..size.
-        fixed: groups whose size is given.
+        sizes: group name -> its legal sizes, ascending (see `legal_sizes`).
+        alike: groups that keep equally many units.
 
     Raises:
-        ConfigError: a limit is below the smallest legal model; names the smallest reachable.
+        ConfigError: a limit is below the smallest legal model (names the smallest reachable), or groups that must be
+            alike share no size.
     """
-    by_name = {g.name: g for g in groups}
-    legal = {g.name: [fixed[g.name]] if fixed and g.name in fixed else lattice.sizes(g.kind, g.size) for g in groups}
-    options = [
-        [dict(zip(names, sizes)) for sizes in itertools.product(*(legal[name] for name in names))] for names in sets
+    joined = _joined(sets, alike)
+    options = [_options(names, sizes, alike) for names in joined]
+    losses = [[sum(curves[name][n] for name, n in one.items()) for one in offered] for offered in options]
+    # A joined set is priced set by set: its costs add up.
+    parts = [[names for names in sets if set(names) <= set(one)] for one in joined]
+    costs = [
+        [[sum(limit.cost(names, one) for names in within) for one in offered] for within, offered in zip(parts, options)]
+        for limit in limits
     ]
-    losses = [[sum(curves[name][n] for name, n in sizes.items()) for sizes in one] for one in options]
-    costs = [[[limit.cost(names, sizes) for sizes in one] for names, one in zip(sets, options)] for limit in limits]
     for limit, rows in zip(limits, costs):
         least = limit.rest + sum(min(row) for row in rows)
         if least > limit.limit:
             raise ConfigError(
                 "search",
-                f"no legal model fits the budget of {limit.limit:,.0f} {limit.what}",
-                got=f"the smallest legal one has {least:,.0f}",
+                f"no legal model fits the budget of {shown(limit.limit)} {limit.what}",
+                got=f"the smallest legal one has {shown(least)}",
                 fix="raise the budget to at least that, or allow smaller sizes",
             )
     chosen = _knapsack(losses, costs, [limit.limit - limit.rest for limit in limits])
-    sizes = {name: n for one, i in zip(options, chosen) for name, n in one[i].items()}
-    return {name: sizes[name] for name in by_name}
+    found = {name: n for offered, i in zip(options, chosen) for name, n in offered[i].items()}
+    return {group.name: found[group.name] for group in groups}
+
+
+def shown(amount: float) -> str:
+    """An amount for people: whole numbers with separators, small ones with three digits."""
+    return f"{amount:,.0f}" if amount >= 1000 or float(amount).is_integer() else f"{amount:.3g}"
+
+
+def _joined(sets: Sequence[Sequence[str]], alike: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Sets of names, those with groups that must be alike made one."""
+    joined = [list(names) for names in sets]
+    for names in alike:
+        met = [one for one in joined if set(one) & set(names)]
+        joined = [one for one in joined if one not in met] + [[n for one in met for n in one]]
+    return joined
+
+
+def _options(
+    names: Sequence[str], sizes: Mapping[str, Sequence[int]], alike: Sequence[Sequence[str]]
+) -> list[dict[str, int]]:
+    """Every choice of sizes for the named groups; groups that must be alike choose together."""
+    classes = [[n for n in one if n in set(names)] for one in alike]
+    classes = [one for one in classes if one]
+    classes += [[n] for n in names if not any(n in one for one in classes)]
+    offered = []
+    for one in classes:
+        common = [n for n in sizes[one[0]] if all(n in sizes[other] for other in one)]
+        if not common:
+            raise ConfigError(
+                "search",
+                f"{one[0]} and {len(one) - 1} more must have equally many units, and no size is legal for all",
+                fix="relax min_units and max_units, or leave uniform out",
+            )
+        offered.append(common)
+    return [
+        {name: n for one, n in zip(classes, chosen) for name in one} for chosen in itertools.product(*offered)
+    ]
 
 
 def _knapsack(

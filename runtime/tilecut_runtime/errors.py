@@ -49,6 +49,10 @@ class PlanError(TilecutError, ValueError):
     """A prune plan that does not belong to this graph, or is malformed."""
 
 
+class RecoveryError(TilecutError):
+    """Training after the cut that diverged, or that cannot reach what was asked of it."""
+
+
 class LoweringError(TilecutError):
     """A graph that the target cannot express."""
 

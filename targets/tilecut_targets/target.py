@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tilecut_passes.axes.groups import Group
+from tilecut_passes.axes.infer import Axes
 from tilecut_passes.enforce_block_multiple import EnforceBlockMultiple
 from tilecut_passes.enforce_head_width import EnforceHeadWidth
 from tilecut_passes.enforce_power_of_two_heads import EnforcePowerOfTwoHeads
@@ -20,6 +22,7 @@ from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
 from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.reference import Arrays, Case
+from tilecut_targets.cost_model import CostModel
 
 
 @dataclass
@@ -86,6 +89,30 @@ class Target(ABC):
         self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path
     ) -> Contenders | None:
         """The artifact ("pruned artifact") and forms of the dense model to time it against; None where none can run here."""
+        return None
+
+    def cost(
+        self,
+        dense: Graph,
+        axes: Axes,
+        groups: Sequence[Group],
+        sets: Sequence[Sequence[str]],
+        at: Mapping[str, int],
+        lattice: Lattice,
+        folder: Path | None,
+        progress: Callable[[int, int], None],
+    ) -> CostModel | None:
+        """What a run of the model costs as a function of its groups' sizes; None where the target cannot say.
+
+        Args:
+            dense: the captured model, typed by `axes`; left as it is.
+            groups: the groups that may be cut.
+            sets: their names, split so that sets share no contraction.
+            at: batch, sequence and threads of the run.
+            lattice: the sizes that will be asked for, after padding.
+            folder: where measurements are kept; None keeps none.
+            progress: told of steps done and steps in all.
+        """
         return None
 
     def __str__(self) -> str:

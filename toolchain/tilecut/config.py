@@ -2,64 +2,94 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from tilecut.recovery_config import Recovery
+from tilecut.settings import Settings
 from tilecut_passes.score import IMPORTANCES
 from tilecut_runtime.errors import ConfigError
 
 KINDS = ("heads", "kv_groups", "queries", "neurons")
+METHODS = tuple(dict.fromkeys(("table", "fisher", *IMPORTANCES)))
 AT = {"batch": 1, "sequence": 128, "threads": 1}
 
 
-class PruneConfig(BaseModel):
+class PruneConfig(Settings):
     """How much to cut, of what, and how to choose.
 
     Without any budget, `sparsity` is 0.5. Several budgets hold together.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sparsity: float | None = Field(None, ge=0, lt=1, description="fraction of the prunable MACs that goes")
-    max_macs: int | None = Field(None, gt=0, description="multiply-accumulates of the whole model at `at`")
-    max_params: int | None = Field(None, gt=0, description="parameters of the whole model")
-    max_bytes: int | None = Field(None, gt=0, description="bytes of the whole model's weights")
+    sparsity: float | None = Field(default=None, ge=0, lt=1, description="fraction of the prunable MACs that goes")
+    max_macs: int | None = Field(default=None, gt=0, description="multiply-accumulates of the whole model at `at`")
+    max_params: int | None = Field(default=None, gt=0, description="parameters of the whole model")
+    max_bytes: int | None = Field(default=None, gt=0, description="bytes of the whole model's weights")
+    max_latency_ms: float | None = Field(
+        default=None, gt=0, description="milliseconds of one run at `at`, by the target's cost model (measured on this machine)"
+    )
     attention_sparsity: float | None = Field(
-        None, ge=0, lt=1, description="fraction of the attention's MACs that goes, at least"
+        default=None, ge=0, lt=1, description="fraction of the attention's MACs that goes, at least"
     )
     at: dict[str, int] = Field(
         default_factory=lambda: dict(AT), description="sizes at which MACs and latency are counted"
     )
-    kinds: tuple[str, ...] = Field(KINDS, description="kinds of group that may be cut")
+    kinds: tuple[str, ...] = Field(default=KINDS, description="kinds of group that may be cut")
     block: int | None = Field(
-        None, gt=0, description="widths are multiples of this and of the target's own block; None: the target's"
+        default=None, gt=0, description="widths are multiples of this and of the target's own block; None: the target's"
     )
-    power_of_two_heads: bool | None = Field(None, description="head counts are powers of two; None: the target decides")
+    power_of_two_heads: bool | None = Field(default=None, description="head counts are powers of two; None: the target decides")
     num_heads_keep: int | None = Field(
-        None, gt=0, description="heads that every attention keeps; where queries share keys, KV groups"
+        default=None, gt=0, description="heads that every attention keeps; where queries share keys, KV groups"
     )
-    method: str = Field("obs", description="importance, see tilecut_passes/score.py")
-    reconstruct: bool = Field(True, description="refit the weights behind every gate by least squares")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="of every random choice")
-
-    def __init__(self, **given: Any):
-        try:
-            super().__init__(**given)
-        except ValidationError as e:
-            first = e.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "value"
-            wanted = first["msg"].removeprefix("Value error, ")
-            if first["type"] == "extra_forbidden":
-                wanted = f"one of {', '.join(type(self).model_fields)}"
-            raise ConfigError(
-                "PruneConfig", f"bad {name}", got=repr(first["input"]) if first["loc"] else None, wanted=wanted
-            ) from e
+    keep: tuple[str, ...] = Field(default=(), description="groups that are not cut: names, or patterns such as '*layer.0.*'")
+    min_units: dict[str, int] = Field(
+        default_factory=dict, description="fewest units that a group keeps, by kind, name or pattern"
+    )
+    max_units: dict[str, int] = Field(
+        default_factory=dict, description="most units that a group keeps, by kind, name or pattern"
+    )
+    uniform: bool = Field(default=False, description="groups of one kind and dense size keep equally many units")
+    adapt_block: float | None = Field(
+        default=None,
+        ge=0,
+        description="take the largest block of 256, 128, .., 16 whose predicted loss exceeds that of the target's own "
+        "block by no more than this fraction",
+    )
+    method: str = Field(
+        default="table",
+        description="table (measured costs of every size), fisher (the whole method of Kwon et al.), or the name of an "
+        "importance whose losses are traded as they are",
+    )
+    importance: str = Field(default="obs", description="the order in which units go, for method='table'")
+    outputs: tuple[str, ...] | None = Field(
+        default=None, description="outputs that count when a cost table is measured; None: every floating one"
+    )
+    reconstruct: bool = Field(default=True, description="refit weights in closed form; method='fisher' tunes its masks instead")
+    finetune: Recovery | None = Field(
+        default=None, description="training after the cut, label-free or with labels; None: closed-form repair alone"
+    )
+    mixture: float = Field(
+        default=0.25, ge=0, lt=1, description="fraction of the calibration texts that is general text, shipped with tilecut"
+    )
+    cache: str | None = Field(
+        default=None, description="folder of cost tables; None: TILECUT_CACHE, else ~/.cache/tilecut; '' keeps none"
+    )
+    offload: str | None = Field(
+        default=None, description="folder for weights and activations while compiling, for models larger than memory"
+    )
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="of every random choice")
 
     @model_validator(mode="after")
     def _consistent(self) -> PruneConfig:
-        if self.method not in IMPORTANCES:
-            raise ValueError(f"method {self.method!r} is none of {', '.join(IMPORTANCES)}")
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is none of {', '.join(METHODS)}")
+        if self.importance not in IMPORTANCES:
+            raise ValueError(f"importance {self.importance!r} is none of {', '.join(IMPORTANCES)}")
+        if self.adapt_block is not None and self.block is not None:
+            raise ValueError("adapt_block chooses the block: leave block out")
         if unknown := [k for k in self.kinds if k not in KINDS]:
             raise ValueError(f"kind {unknown[0]!r} is none of {', '.join(KINDS)}")
         if not self.kinds:
@@ -76,10 +106,18 @@ class PruneConfig(BaseModel):
             self.max_macs,
             self.max_params,
             self.max_bytes,
+            self.max_latency_ms,
             self.attention_sparsity,
             self.num_heads_keep,
         )
         return 0.5 if all(budget is None for budget in given) else self.sparsity
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Where cost tables are kept, or None."""
+        if self.cache is not None:
+            return Path(self.cache) if self.cache else None
+        return Path(os.environ.get("TILECUT_CACHE") or Path.home() / ".cache" / "tilecut")
 
     def sizes(self) -> dict[str, int]:
         """`at` with the defaults filled in."""

@@ -1,239 +1,210 @@
-"""Calibration data from whatever the caller has: batches, texts, a file of texts, or nothing.
+"""Calibration from whatever the caller has: to fit with, held out in the caller's domain, and held out general text.
 
-    iterable of dicts      batches of tensors, used as they are
-    iterable of strings    texts, tokenized with the model's tokenizer
-    file.txt               a text a line
-    file.tsv               a header line; the text is the column `text`, else the last one that is neither `label` nor
-                           `split`; a column `label` (integers) gives labels; where a column `split` says train, only
-                           those rows are read
-    file.jsonl             {"text": .., "label": ..} a line; label is optional
-    None                   the general text shipped with tilecut when the model has a tokenizer, else nothing
+    a path                     a file of texts (`read_texts.py`)
+    an object in memory        texts, rows or batches: data sets, DataLoaders, lists, streams (`read_rows.py`)
+    None                       the general text shipped with tilecut when the model has a tokenizer, else nothing
 
-Texts are sorted by length into batches, so that little is padding.
+Texts are tokenized with the model's tokenizer, and with rows of ids they are sorted by length into batches. A tenth of the
+rows is held out, of batches every tenth; a row that is fitted is never held out. Where the model has a tokenizer, general
+text is added to what is fitted (`mix_texts.py`); it has no labels.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import nn
 
+from tilecut.batch_rows import Row, batch_rows
+from tilecut.mix_texts import GENERAL, general_passages, general_texts, mixed_in
+from tilecut.read_rows import MAX_ROWS, Rows, read_rows
+from tilecut.read_texts import read_texts
+from tilecut.tokenize_texts import Tokenizer, load_tokenizer, tokenizer_folder, why_no_text
+from tilecut_passes.align_labels import scored_output
 from tilecut_passes.calibration import Batch, check_batches
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import CalibrationError
 
-BATCH_SIZE = 64
-MAX_TEXTS = 4096
-GENERAL_TEXTS = 1024
-# Where this many batches are there, the last part is held out to measure fidelity on.
-HOLD_OUT_FROM, HELD_OUT = 8, 0.1
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+__all__ = ["Calibration", "load_calibration", "read_texts", "tokenizer_folder"]
+
+HELD_OUT = 0.1
+# Fewer rows, or batches, than these leave nothing to hold out.
+HOLD_OUT_FROM_ROWS, HOLD_OUT_FROM_BATCHES = 20, 8
+TOO_FEW = "too few to hold any out"
+MIXTURE = 0.25
+# Text of which more than this is unknown to the tokenizer is none that the model was made for.
+MAX_UNKNOWN = 0.2
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches to fit with, batches held out, and a line that says what they are."""
+    """Batches to fit with, batches held out, and a line that says what they are.
+
+    Attributes:
+        fit: the caller's data and the general text that is mixed in.
+        held_out: the caller's data that is not fitted; what is fitted where there is too little.
+        general: general text that is not fitted; [] where the model has no tokenizer or takes no text.
+        notes: what was left out of the caller's data, and why.
+    """
 
     fit: list[Batch]
     held_out: list[Batch]
     source: str
+    general: list[Batch] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
         """Real positions (or rows, without a mask) in the batches to fit with."""
-        return sum(
-            int(b.mask.sum()) if b.mask is not None else next(iter(b.inputs.values())).shape[0] for b in self.fit
-        )
+        return sum(_tokens(batch) for batch in self.fit)
+
+    @property
+    def scoring(self) -> list[Batch]:
+        """The batches to fit with that have labels, when any has; else all: losses of one scale."""
+        return [b for b in self.fit if b.labels is not None] or self.fit
 
 
-def load_calibration(given: Any, graph: Graph, model: nn.Module, sequence: int, seed: int = 0) -> Calibration | None:
+def load_calibration(
+    given: Any, graph: Graph, model: nn.Module, sequence: int, seed: int = 0, mixture: float = MIXTURE
+) -> Calibration | None:
     """Calibration that fits the graph's inputs, or None when there is none to be had.
 
     Args:
         sequence: texts are cut to this many tokens.
+        mixture: the fraction of what is fitted that is general text.
 
     Raises:
-        CalibrationError: a file that cannot be read, texts without a tokenizer, or batches that do not fit the model.
+        CalibrationError: a file that cannot be read, texts without a tokenizer, or data that do not fit the model.
     """
+    obstacle = why_no_text(graph, model)
     if given is None:
-        if not _takes_text(graph) or tokenizer_folder(model) is None:
-            return None
-        texts = (resources.files("tilecut.data") / "general.txt").read_text(encoding="utf-8").splitlines()
-        return _from_texts(
-            texts[:GENERAL_TEXTS],
-            None,
-            graph,
-            model,
-            sequence,
-            seed,
-            "general text (WordNet glosses, shipped with tilecut)",
-        )
+        return _general_alone(graph, load_tokenizer(graph, model, sequence), seed) if obstacle is None else None
     if isinstance(given, str | Path):
         texts, labels = read_texts(Path(given))
-        return _from_texts(texts, labels, graph, model, sequence, seed, f"{Path(given).name}")
-    if isinstance(given, Mapping):
-        raise CalibrationError("calibration", "a single dict, not an iterable of batches", fix="put it into a list")
-    try:
-        rows = list(given)
-    except TypeError as e:
-        raise CalibrationError(
-            "calibration",
-            "neither batches, texts nor a file",
-            got=type(given).__name__,
-            wanted="an iterable of dicts or strings, or a path",
-        ) from e
-    if rows and all(isinstance(row, str) for row in rows):
-        return _from_texts(rows, None, graph, model, sequence, seed, f"{len(rows)} texts")
-    batches = check_batches(graph, rows)
-    # Every tenth batch, so that batches sorted by length are held out evenly.
-    return _held_out(batches, f"{len(batches)} batches")
-
-
-def read_texts(path: Path) -> tuple[list[str], list[int] | None]:
-    """Texts and, where every row has one, integer labels.
-
-    Raises:
-        CalibrationError: missing, of an unknown kind, malformed, or empty.
-    """
-    where = str(path)
-    if not os.path.isfile(path):
-        raise CalibrationError(where, "no such calibration file")
-    try:
-        # Reading makes every line end with a line feed; `splitlines` would also split at what may stand within a text.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as e:
-        raise CalibrationError(where, f"not UTF-8 text ({e.reason} at byte {e.start})") from e
-    except OSError as e:
-        raise CalibrationError(where, f"cannot be read ({e.strerror})") from e
-    labels: list[int | None] = []
-    if path.suffix == ".txt":
-        texts = [line.strip() for line in lines]
-    elif path.suffix == ".tsv":
-        texts, labels = _columns(lines, where)
-    elif path.suffix == ".jsonl":
-        texts = []
-        for i, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                text = row["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"{text!r} is no text")
-            except (ValueError, KeyError, TypeError, RecursionError) as e:
-                raise CalibrationError(f"{where}:{i + 1}", 'not a JSON object with a "text"', got=line[:60]) from e
-            texts.append(text.strip())
-            labels.append(_integer(row.get("label"), where, i))
+        read, name = Rows(texts=texts, labels=list(labels) if labels else None), Path(given).name
     else:
-        raise CalibrationError(
-            where, "unknown kind of calibration file", got=path.suffix or "no suffix", wanted=".txt, .tsv or .jsonl"
-        )
-    kept = [i for i, text in enumerate(texts) if text]
-    if not kept:
-        raise CalibrationError(where, "the file holds no text")
-    has_labels = bool(labels) and all(labels[i] is not None for i in kept)
-    return [texts[i] for i in kept], [int(labels[i] or 0) for i in kept] if has_labels else None
-
-
-def _columns(lines: list[str], where: str) -> tuple[list[str], list[int | None]]:
-    """Texts and labels of a table with a header line; blank lines are no rows."""
-    header = [name.strip() for name in lines[0].split("\t")]
-    column = next((n for n in ["text", *reversed(header)] if n in header and n not in ("label", "split")), None)
-    if column is None:
-        raise CalibrationError(where, "no column holds text", got=", ".join(header), wanted="a column text")
-    rows = []
-    for i, line in enumerate(lines[1:]):
-        fields = line.split("\t")
-        if any(fields[len(header) :]):
-            raise CalibrationError(
-                f"{where}: row {i + 1}", "more fields than the header has", got=len(fields), wanted=len(header)
-            )
-        if line.strip():
-            rows.append((i, dict(zip(header, fields))))
-    if any(row.get("split") == "train" for _, row in rows):
-        rows = [(i, row) for i, row in rows if row.get("split") == "train"]
-    texts = [row.get(column, "").strip() for _, row in rows]
-    return texts, [_integer(row.get("label", "").strip(), where, i) for i, row in rows]
-
-
-def _integer(value: Any, where: str, row: int) -> int | None:
-    """A label from a file: None where there is none; 1.0 is an integer, 1.7 is not."""
-    if value is None or value == "":
-        return None
-    try:
-        number = int(value)
-        if (isinstance(value, float) and number != value) or not -(2**63) <= number < 2**63:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError) as e:
-        raise CalibrationError(f"{where}: row {row + 1}", "a label is no integer", got=repr(value)[:60]) from e
-    return number
-
-
-def tokenizer_folder(model: nn.Module) -> Path | None:
-    """The folder that the model came from, when a tokenizer lies in it."""
-    config = getattr(model, "config", None)
-    name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
-    if not name or not Path(name).is_dir():
-        return None
-    return Path(name) if any((Path(name) / f).is_file() for f in TOKENIZER_FILES) else None
-
-
-def _takes_text(graph: Graph) -> bool:
-    return "input_ids" in graph.inputs
-
-
-def _from_texts(
-    texts: list[str], labels: list[int] | None, graph: Graph, model: nn.Module, sequence: int, seed: int, source: str
-) -> Calibration:
-    folder = tokenizer_folder(model)
-    if folder is None:
+        read, name = read_rows(given, graph, seed), ""
+    if read.texts and obstacle is not None:
         raise CalibrationError(
             "calibration",
-            f"{source}: the model has no tokenizer beside it",
+            f"{name or 'texts'}: {obstacle}",
             fix="load the model from a folder with its tokenizer, or pass tokenized batches",
         )
-    if not _takes_text(graph):
-        raise CalibrationError("calibration", f"{source}: the model takes no input_ids", got=", ".join(graph.inputs))
-    from transformers import AutoTokenizer
+    tokenizer = None
+    if obstacle is None:
+        try:
+            tokenizer = load_tokenizer(graph, model, sequence)
+        except CalibrationError as e:
+            # The caller's own tensors need no tokenizer.
+            if read.texts:
+                raise
+            obstacle = str(e)
+    own = _own(read, name, graph, tokenizer, seed)
+    if tokenizer is None:
+        unmixed = mixture > 0 and "input_ids" in graph.inputs
+        source = f"{own.source}; no general text: {obstacle}" if unmixed else own.source
+        return Calibration(own.fit, own.held_out, source, [], own.notes)
+    return _mixed(own, read, graph, tokenizer, mixture, seed)
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    sequence = min([sequence, *(r.max for name, r in graph.ranges.items() if name == "sequence" and r.max is not None)])
-    order = list(range(len(texts)))
-    random.Random(seed).shuffle(order)
-    order = order[:MAX_TEXTS]
-    encoded = tokenizer([texts[i] for i in order], truncation=True, max_length=sequence)["input_ids"]
-    ranked = sorted(range(len(order)), key=lambda i: len(encoded[i]))
-    batches = []
-    for start in range(0, len(ranked), BATCH_SIZE):
-        chosen = [order[i] for i in ranked[start : start + BATCH_SIZE]]
-        held: dict[str, Any] = dict(
-            tokenizer(
-                [texts[i] for i in chosen], truncation=True, max_length=sequence, padding=True, return_tensors="pt"
-            )
+
+def _general_alone(graph: Graph, tokenizer: Tokenizer, seed: int) -> Calibration:
+    passages, held = (tokenizer.rows(texts) for texts in general_passages())
+    fit, general = (batch_rows(graph, rows, tokenizer.pad, tokenizer.start) for rows in (passages, held))
+    random.Random(seed).shuffle(fit)
+    return Calibration(fit, general, f"{len(passages)} {GENERAL}", general)
+
+
+def _own(read: Rows, name: str, graph: Graph, tokenizer: Tokenizer | None, seed: int) -> Calibration:
+    """The caller's data alone."""
+    notes = list(read.notes)
+    if read.batches:
+        batches = check_batches(graph, read.batches)
+        every = round(1 / HELD_OUT)
+        # Every tenth batch, so that batches sorted by length are held out evenly.
+        held = [b for i, b in enumerate(batches) if i % every == every // 2]
+        if len(batches) < HOLD_OUT_FROM_BATCHES:
+            return Calibration(batches, batches, f"{len(batches)} batches ({TOO_FEW})", notes=notes)
+        fit = [b for i, b in enumerate(batches) if i % every != every // 2]
+        return Calibration(fit, held, f"{len(batches)} batches", notes=notes)
+    rows: list[Row] = list(read.rows)
+    source = f"{len(rows)} rows"
+    if read.texts:
+        assert tokenizer is not None
+        order = random.Random(seed).sample(range(len(read.texts)), min(len(read.texts), MAX_ROWS))
+        labels = [read.labels[i] for i in order] if read.labels and _takes_labels(graph, notes) else None
+        rows = [*tokenizer.rows([read.texts[i] for i in order], labels)]
+        source = f"{name}, {len(rows)} texts" if name else f"{len(rows)} texts"
+        if not rows:
+            raise CalibrationError("calibration", "the tokenizer makes no token of any text")
+    pad, start = (tokenizer.pad, tokenizer.start) if tokenizer else (0, None)
+    fit, held = hold_out(rows, graph, seed)
+    batches = batch_rows(graph, fit, pad, start)
+    if not held:
+        return Calibration(batches, batches, f"{source} ({TOO_FEW})", notes=notes)
+    random.Random(seed).shuffle(batches)
+    return Calibration(batches, batch_rows(graph, held, pad, start), source, notes=notes)
+
+
+def _mixed(own: Calibration, read: Rows, graph: Graph, tokenizer: Tokenizer, mixture: float, seed: int) -> Calibration:
+    """The caller's data with general text beside them."""
+    held = tokenizer.rows(general_passages()[1])
+    if tokenizer.unknown_share(held) > MAX_UNKNOWN:
+        return Calibration(
+            own.fit, own.held_out, f"{own.source}; no general text: its words are unknown", [], own.notes
         )
-        for name in graph.inputs:
-            if name == "token_type_ids" and name not in held:
-                held[name] = torch.zeros_like(held["input_ids"])
-        held = {k: v for k, v in held.items() if k in graph.inputs}
-        if labels is not None:
-            held["labels"] = torch.tensor([labels[i] for i in chosen])
-        batches.append(held)
-    return _held_out(check_batches(graph, batches), f"{source}, {len(order)} texts")
+    rows = sum(next(iter(batch.inputs.values())).shape[0] for batch in own.fit)
+    texts = general_texts(mixed_in(rows, mixture), _words(read, own, tokenizer), seed)
+    batches = batch_rows(graph, tokenizer.rows(texts), tokenizer.pad, tokenizer.start) if texts else []
+    fit = [*own.fit, *batches]
+    # Any part of the batches is then like the whole.
+    random.Random(seed).shuffle(fit)
+    source = f"{own.source}, and {len(texts)} {GENERAL}" if texts else own.source
+    general = batch_rows(graph, held, tokenizer.pad, tokenizer.start)
+    return Calibration(fit, own.held_out, source, general, own.notes)
 
 
-def _held_out(batches: list[Batch], source: str) -> Calibration:
-    if len(batches) < HOLD_OUT_FROM:
-        return Calibration(batches, batches, f"{source} (too few to hold any out)")
-    every = round(1 / HELD_OUT)
-    held = [b for i, b in enumerate(batches) if i % every == every // 2]
-    return Calibration([b for i, b in enumerate(batches) if i % every != every // 2], held, source)
+def _words(read: Rows, own: Calibration, tokenizer: Tokenizer) -> float:
+    """Words in a usual text of the caller's, as far as it is read."""
+    if read.texts:
+        longest = tokenizer.length
+        return statistics.median(
+            min(len((text if isinstance(text, str) else " ".join(text)).split()), longest) for text in read.texts
+        )
+    rows = sum(next(iter(batch.inputs.values())).shape[0] for batch in own.fit)
+    # A word of English is a token and a third or so.
+    return 0.75 * own.tokens / max(rows, 1)
+
+
+def _takes_labels(graph: Graph, notes: list[str]) -> bool:
+    """Whether one label a text is what the output is compared with; said in the notes where it is not."""
+    name = scored_output(graph.outputs)
+    spec = next(s for s in graph.output_specs() if s.name == name)
+    if len(spec.shape) == 2:
+        return True
+    notes.append(f"labels were not used: the output {spec} has no row for a label a text")
+    return False
+
+
+def hold_out(rows: Sequence[Row], graph: Graph, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to fit with, and a tenth that equals none of them; none of too few."""
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    count = round(HELD_OUT * len(rows)) if len(rows) >= HOLD_OUT_FROM_ROWS else 0
+    fit = [rows[i] for i in order[count:]]
+    seen = {_key(row, graph) for row in fit}
+    held = [rows[i] for i in order[:count] if _key(rows[i], graph) not in seen]
+    return (fit, held) if held else (list(rows), [])
+
+
+def _key(row: Row, graph: Graph) -> bytes:
+    """What makes two rows the same: their first input."""
+    return b"".join(np.asarray(row[name]).tobytes() for name in graph.inputs[:1] if name in row)
+
+
+def _tokens(batch: Batch) -> int:
+    return int(batch.mask.sum()) if batch.mask is not None else next(iter(batch.inputs.values())).shape[0]

@@ -13,6 +13,7 @@ from tilecut.make_cases import make_inputs
 from tilecut_passes.graph import Graph
 from tilecut_runtime.manifest import Manifest
 from tilecut_runtime.timing import time_interleaved
+from tilecut_targets.cost_model import clock, latency_ms
 from tilecut_targets.target import Target
 
 ROUNDS, WARMUP = 30, 3
@@ -30,6 +31,7 @@ def measure_latency(
 ) -> dict[str, Any]:
     """Interleaved medians at the sizes of `at`, on `at["threads"]` threads.
 
+    `clock` says which of the times is the latency, as `max_latency_ms` means it.
     A target whose runtime is not on this machine is reported as not run, never guessed.
     """
     if dense.states:
@@ -53,6 +55,7 @@ def measure_latency(
     return {
         "status": "measured",
         "at": dict(at),
+        "clock": clock(threads),
         "rounds": ROUNDS,
         "failed": contenders.failed,
         "contenders": {
@@ -60,7 +63,7 @@ def measure_latency(
                 "cpu_ms": round(t.cpu_ms, 3),
                 "wall_ms": round(t.wall_ms, 3),
                 "p95_ms": round(t.p95_ms, 3),
-                "times_pruned": round(t.cpu_ms / timings[PRUNED].cpu_ms, 3),
+                "times_pruned": round(latency_ms(t, threads) / latency_ms(timings[PRUNED], threads), 3),
             }
             for name, t in timings.items()
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -19,6 +20,15 @@ class Outputs(dict):
             return self[name]
         except KeyError as e:
             raise AttributeError(name) from e
+
+
+# torch.export asks for this of what forward returns: a trained module can be compiled again.
+pytree.register_pytree_node(
+    Outputs,
+    lambda held: (list(held.values()), list(held)),
+    lambda values, names: Outputs(zip(names, values, strict=True)),
+    flatten_with_keys_fn=lambda held: ([(pytree.MappingKey(k), v) for k, v in held.items()], list(held)),
+)
 
 
 class PrunedModule(nn.Module):

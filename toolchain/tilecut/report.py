@@ -13,34 +13,32 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tilecut.artifact import REPORT, REPORT_PAGE
-from tilecut.choose_plan import Choice
 from tilecut.config import PruneConfig
-from tilecut.load_calibration import Calibration
+from tilecut.cut_model import CutModel
+from tilecut.prepare import Prepared
 from tilecut_passes.count_macs import count_parameters
 from tilecut_passes.graph import Graph, Refusal
 from tilecut_passes.run_passes import PassRecord
 from tilecut_runtime.manifest import Manifest, Rung
+from tilecut_runtime.processor import processor_name
 
 
 def build_report(
     manifest: Manifest,
-    dense: Graph,
-    pruned: Graph,
-    choice: Choice,
+    made: Prepared,
+    cut: CutModel,
     config: PruneConfig | None,
-    method: str | None,
-    calibration: Calibration | None,
     fidelity: dict[str, Any],
     latency: dict[str, Any],
     rungs: Sequence[Rung],
     records: Sequence[PassRecord],
     facts: dict[str, Any],
-    notes: Sequence[str],
     refusals: Sequence[Refusal],
     seconds: dict[str, float],
     folder: Path,
 ) -> dict[str, Any]:
     """The report as plain data."""
+    dense, pruned, choice, calibration = made.dense, cut.graph, cut.choice, made.calibrated
     macs = choice.macs()
     files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     deployed = set(manifest.entry.values()) | {
@@ -51,7 +49,10 @@ def build_report(
         "target": manifest.target,
         "created": manifest.created,
         "config": config.model_dump(mode="json") if config else None,
-        "method": method,
+        "method": made.method,
+        "table": {"measured": made.table.measured, "held": made.table.held} if made.table else None,
+        "predicted_loss": choice.loss,
+        "block": choice.block,
         "lattice": choice.lattice.describe(),
         "at": choice.plan.at,
         "macs": macs,
@@ -72,16 +73,20 @@ def build_report(
             "tokens": calibration.tokens,
             "batches": len(calibration.fit),
             "held_out": len(calibration.held_out),
+            "general": len(calibration.general),
         }
         if calibration
         else None,
         "fidelity": fidelity,
+        "recovery": cut.recovery,
         "latency": latency,
+        "predicted_ms": dict(zip(("dense", "pruned"), choice.latency_ms)) if choice.latency_ms else None,
+        "cost_model": made.latency.as_json() if made.latency else None,
         "verification": [asdict(r) for r in rungs],
         "passes": [{"name": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 3)} for r in records],
         "refusals": [asdict(r) for r in refusals],
         "emitted": facts,
-        "notes": list(notes),
+        "notes": [*made.notes, *(calibration.notes if calibration else ()), *cut.notes],
         "seconds": {k: round(v, 2) for k, v in seconds.items()},
         "machine": machine(),
         "tools": manifest.tools,
@@ -91,6 +96,12 @@ def build_report(
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """Write report.json and the self-contained report.html."""
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    page = render_page("report.html.j2", r=report, layers=kept_per_layer(report["groups"]))
+    (folder / REPORT_PAGE).write_text(page, encoding="utf-8")
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page from one of the package's templates."""
     environment = Environment(
         loader=PackageLoader("tilecut", "."),
         autoescape=True,
@@ -100,10 +111,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     )
     environment.filters["count"] = human_count
     environment.filters["size"] = human_bytes
-    (folder / REPORT_PAGE).write_text(
-        environment.get_template("report.html.j2").render(r=report, layers=kept_per_layer(report["groups"])),
-        encoding="utf-8",
-    )
+    return environment.get_template(template).render(**values)
 
 
 def kept_per_layer(groups: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -121,18 +129,7 @@ def weight_bytes(graph: Graph) -> int:
 
 def machine() -> dict[str, Any]:
     """The processor and how many of it."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        name = next(
-            (
-                line.partition(":")[2].strip()
-                for line in cpuinfo.read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            name,
-        )
-    return {"cpu": name, "cores": os.cpu_count(), "architecture": platform.machine(), "system": platform.system()}
+    return {"cpu": processor_name(), "cores": os.cpu_count(), "architecture": platform.machine(), "system": platform.system()}
 
 
 def human_count(number: float) -> str:

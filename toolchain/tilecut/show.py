@@ -81,19 +81,22 @@ def report(console: Console, r: Mapping[str, Any]) -> None:
     latency = r["latency"]
     if latency["status"] == "measured":
         rows = latency["contenders"]
-        own = rows["pruned artifact"]["cpu_ms"]
+        # On several threads CPU time is no latency.
+        column, title = f"{latency['clock']}_ms", {"cpu": "CPU ms", "wall": "wall ms"}[latency["clock"]]
+        own = rows["pruned artifact"][column]
         for name, row in rows.items():
             if name != "pruned artifact":
                 table.add_row(
-                    f"CPU ms: {name}", f"{row['cpu_ms']:.2f}", f"{own:.2f}", f"{row['times_pruned']:.2f}x faster"
+                    f"{title}: {name}", f"{row[column]:.2f}", f"{own:.2f}", f"{row['times_pruned']:.2f}x faster"
                 )
-    for name, f in r["fidelity"].items():
-        if name != "task":
-            table.add_row(f"cosine of {name}, held-out", "1", f"{f['cosine']:.4f}", "")
-    for what in ("loss", "accuracy"):
-        task = r["fidelity"].get("task", {})
-        if f"dense_{what}" in task:
-            table.add_row(f"{what}, held-out", f"{task[f'dense_{what}']:.4f}", f"{task[f'pruned_{what}']:.4f}", "")
+    for where, fidelity in (("held-out", r["fidelity"]), ("general text", r["fidelity"].get("general", {}))):
+        for name, f in fidelity.items():
+            if name not in ("task", "general"):
+                table.add_row(f"cosine of {name}, {where}", "1", f"{f['cosine']:.4f}", "")
+        task = fidelity.get("task", {})
+        for what in ("loss", "accuracy", "perplexity"):
+            if f"dense_{what}" in task:
+                table.add_row(f"{what}, {where}", f"{task[f'dense_{what}']:.4f}", f"{task[f'pruned_{what}']:.4f}", "")
     console.print(table)
     kept: dict[str, list[str]] = {}
     for group in r["groups"]:

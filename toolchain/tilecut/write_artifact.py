@@ -13,7 +13,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,37 +24,8 @@ from tilecut_runtime.manifest import MANIFEST, Manifest
 LEFTOVER_SECONDS = 24 * 60 * 60
 
 
-def check_output(path: str | Path) -> Path:
-    """The output path, refused when it holds anything but an artifact or cannot be written.
-
-    Raises:
-        ArtifactError: no path, a file, a folder with other content, a link to nothing, or a folder that cannot be made.
-    """
-    if not isinstance(path, str | Path):
-        raise ArtifactError("output", "not a path", got=type(path).__name__, wanted="the name of a folder")
-    path = Path(path)
-    if path.name in ("", ".."):
-        raise ArtifactError(str(path), "the output path has no name of its own", fix="name a folder to be made")
-    # RuntimeError: links in a circle.
-    try:
-        if path.is_symlink() and not path.exists():
-            raise ArtifactError(str(path), "the output path is a link to nothing", fix="remove it, or make its target")
-        folder = path.resolve()
-        _check_content(folder)
-        _rehearse(folder)
-    except (OSError, ValueError, RuntimeError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise ArtifactError(repr(str(path)), f"the output folder cannot be made ({reason})") from e
-    return path
-
-
-def _check_content(path: Path) -> None:
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise ArtifactError(str(path), "the output path is a file", fix="name a folder")
-    if not any(path.iterdir()):
-        return
+def check_artifact(path: Path) -> None:
+    """Refuse a folder with content that is no artifact."""
     if not (path / MANIFEST).is_file():
         raise ArtifactError(
             str(path),
@@ -71,6 +42,42 @@ def _check_content(path: Path) -> None:
         ) from e
 
 
+def check_output(path: str | Path, check: Callable[[Path], None] = check_artifact) -> Path:
+    """The output path, refused when it holds anything but an artifact or cannot be written.
+
+    Args:
+        check: refuses a folder whose content is not to be replaced.
+
+    Raises:
+        ArtifactError: no path, a file, a folder with other content, a link to nothing, or a folder that cannot be made.
+    """
+    if not isinstance(path, str | Path):
+        raise ArtifactError("output", "not a path", got=type(path).__name__, wanted="the name of a folder")
+    path = Path(path)
+    if path.name in ("", ".."):
+        raise ArtifactError(str(path), "the output path has no name of its own", fix="name a folder to be made")
+    # RuntimeError: links in a circle.
+    try:
+        if path.is_symlink() and not path.exists():
+            raise ArtifactError(str(path), "the output path is a link to nothing", fix="remove it, or make its target")
+        folder = path.resolve()
+        _check_content(folder, check)
+        _rehearse(folder)
+    except (OSError, ValueError, RuntimeError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise ArtifactError(repr(str(path)), f"the output folder cannot be made ({reason})") from e
+    return path
+
+
+def _check_content(path: Path, check: Callable[[Path], None]) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ArtifactError(str(path), "the output path is a file", fix="name a folder")
+    if any(path.iterdir()):
+        check(path)
+
+
 def _rehearse(path: Path) -> None:
     """Make the missing folders under a name that nobody else has, and remove them again."""
     above = next(p for p in path.parents if p.exists())
@@ -85,16 +92,16 @@ def _siblings(path: Path) -> tuple[Path, Path]:
 
 
 @contextmanager
-def artifact_folder(path: str | Path) -> Iterator[Path]:
+def artifact_folder(path: str | Path, check: Callable[[Path], None] = check_artifact) -> Iterator[Path]:
     """A folder to write into, which becomes `path` when the block ends well and vanishes when it does not."""
-    path = check_output(path).resolve()
+    path = check_output(path, check).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _siblings(path)
     temporary.mkdir()
     try:
         yield temporary
         _flush(temporary)
-        check_output(path)
+        check_output(path, check)
         if path.exists():
             path.rename(old)
         temporary.rename(path)

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import torch
 
+from tilecut_passes.axes.groups import Group
+from tilecut_passes.axes.infer import Axes
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass
+from tilecut_passes.search import Lattice
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.reference import Case
 from tilecut_runtime.session import onnx_runner
 from tilecut_targets.check_onnx import check_onnx
+from tilecut_targets.cost_model import CostModel
 from tilecut_targets.decompose_attention import decomposed_attention
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.contend import contend
 from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_residual import LowerResidual
+from tilecut_targets.edge.measure_layers import measure_layers
 from tilecut_targets.target import Contenders, Target, Written, rung
 from tilecut_targets.write_onnx import write_onnx
 
@@ -86,6 +91,20 @@ class EdgeTarget(Target):
     def contenders(self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path) -> Contenders:
         """The dense model by this very path, as torch exports it, and after onnxruntime's own transformer optimizer."""
         return contend(self.lowering, dense, folder / MODEL, threads, scratch)
+
+    def cost(
+        self,
+        dense: Graph,
+        axes: Axes,
+        groups: Sequence[Group],
+        sets: Sequence[Sequence[str]],
+        at: Mapping[str, int],
+        lattice: Lattice,
+        folder: Path | None,
+        progress: Callable[[int, int], None],
+    ) -> CostModel:
+        """Measured on this machine, one layer of each type at a time; see `measure_layers`."""
+        return measure_layers(self, dense, axes, groups, sets, at, lattice, folder, progress)
 
 
 def count_ops(path: Path) -> collections.Counter[str]:
