@@ -10,9 +10,11 @@ from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.count_macs import MacCounter, count_parameters
 from tilecut_passes.prune import Prune
+from tilecut_passes.rearrange_masks import removal_loss
 from tilecut_passes.run_passes import run_passes
-from tilecut_passes.score import score
+from tilecut_passes.score import Ranking, score
 from tilecut_runtime.errors import ConfigError
+from tilecut_targets.cost_model import CostModel, LayerTable
 from tilecut_targets.find_target import find_target
 
 GRAPH = bert_graph(width=16, neurons=256)
@@ -125,3 +127,89 @@ def test_a_dense_plan_keeps_all():
     macs = choice.macs()
     assert macs["dense"] == macs["pruned"] and macs["prunable_dense"] == macs["prunable_pruned"]
     assert choice.plan.target == "edge"
+
+
+def test_groups_to_keep_and_bounds_are_kept():
+    choice = choose(sparsity=0.3, keep=("*layer.0*",), min_units={"heads": 2}, max_units={"neurons": 240})
+    sizes = {g.name: len(g.kept) for g in choice.plan.groups}
+    assert all(sizes[g.name] == g.size for g in GROUPS if "layer.0" in g.name)
+    assert sizes["encoder.layer.1.attention:heads"] >= 2 and sizes["encoder.layer.1:neurons"] <= 240
+
+
+def test_uniform_groups_keep_equally_many():
+    choice = choose(sparsity=0.6, uniform=True)
+    assert len(set(kept(choice, "heads"))) == len(set(kept(choice, "neurons"))) == 1
+    macs = choice.macs()
+    assert macs["prunable_pruned"] <= 0.4 * macs["prunable_dense"]
+    assert choose(sparsity=0.6).loss <= choice.loss
+
+
+def test_powers_of_two_and_blocks_hold_together_with_uniform():
+    choice = choose(sparsity=0.5, uniform=True, power_of_two_heads=True, block=64)
+    assert all(n in (1, 2, 4) for n in kept(choice, "heads")) and all(n % 64 == 0 for n in kept(choice, "neurons"))
+
+
+def test_adapt_block_takes_the_largest_that_loses_little():
+    own = choose(sparsity=0.5)
+    free, strict = choose(sparsity=0.5, adapt_block=1e9), choose(sparsity=0.5, adapt_block=0.0)
+    assert own.block is None
+    # 256 neurons: with a block of 256 none of them can go, and the heads alone are not half of the MACs.
+    assert free.block == 128 and all(n % 128 == 0 for n in kept(free, "neurons"))
+    assert strict.loss <= own.loss * (1 + 1e-6) and strict.block <= free.block
+    between = choose(sparsity=0.5, adapt_block=0.3)
+    assert between.loss <= 1.3 * own.loss + 1e-9
+
+
+def linear_cost():
+    """A cost model in which a head takes 1 ms and 16 neurons take 1 ms, and 5 ms are fixed."""
+    tables = {
+        "heads": LayerTable(["heads"], [[1, 4]], [1.0, 4.0]),
+        "neurons": LayerTable(["neurons"], [[16, 256]], [1.0, 16.0]),
+    }
+    return CostModel("ms", 5.0, 1.0, tuple(((g.name,), tables[g.kind]) for g in GROUPS))
+
+
+def test_a_latency_budget_is_met_by_the_cost_model():
+    model = linear_cost()
+    config = PruneConfig(max_latency_ms=25.0)
+    choice = choose_plan(GRAPH, AXES, GROUPS, RANKINGS, config, EDGE, model)
+    dense, pruned = choice.latency_ms
+    assert dense == pytest.approx(5 + 2 * 4 + 2 * 16)
+    assert pruned == pytest.approx(model.total({g.name: len(g.kept) for g in choice.plan.groups})) and pruned <= 25.0
+    # One more millisecond anywhere would not fit: what is left is less than a step.
+    assert pruned > 24.0
+
+
+def test_a_latency_below_the_smallest_model_names_the_smallest():
+    with pytest.raises(ConfigError, match=r"budget of 8 milliseconds; got the smallest legal one has 9"):
+        choose_plan(GRAPH, AXES, GROUPS, RANKINGS, PruneConfig(max_latency_ms=8.0), EDGE, linear_cost())
+    with pytest.raises(ConfigError, match="there is no latency model"):
+        choose(max_latency_ms=8.0)
+
+
+def fisher():
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for group in GROUPS:
+        factor = torch.randn(group.size, group.size, generator=generator, dtype=torch.float64)
+        found[group.name] = factor @ factor.T
+    return found
+
+
+def test_the_method_of_kwon_searches_and_rearranges_by_fisher_matrices():
+    matrices = fisher()
+    rankings = {n: Ranking.of_scores(m.diagonal()) for n, m in matrices.items()}
+    choice = choose_plan(GRAPH, AXES, GROUPS, rankings, PruneConfig(sparsity=0.5), EDGE, fisher=matrices)
+    macs = choice.macs()
+    assert macs["prunable_pruned"] <= 0.5 * macs["prunable_dense"]
+    for group in choice.plan.groups:
+        searched = rankings[group.name].best(len(group.kept))
+        loss = lambda kept, m=matrices[group.name]: removal_loss(kept, m)
+        assert loss(group.kept) <= loss(searched)
+        assert choice.lattice.allows(group.kind, len(group.kept), group.size)
+    by_latency = choose_plan(
+        GRAPH, AXES, GROUPS, rankings, PruneConfig(max_latency_ms=25.0), EDGE, linear_cost(), matrices
+    )
+    assert by_latency.latency_ms[1] <= 25.0
+    with pytest.raises(ConfigError, match="uniform is not for method='fisher'"):
+        choose_plan(GRAPH, AXES, GROUPS, rankings, PruneConfig(uniform=True), EDGE, fisher=matrices)

@@ -333,7 +333,7 @@ def test_a_broken_pass_of_the_users_own_leaves_nothing(tmp_path):
 
 
 def test_texts_need_the_models_own_tokenizer(tmp_path):
-    with pytest.raises(CalibrationError, match="the model takes no input_ids"):
+    with pytest.raises(CalibrationError, match="no tokenizer beside it"):
         compiled("edge", tmp_path / "a", calibration=["a text", "another"])
 
 

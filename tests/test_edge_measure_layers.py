@@ -242,7 +242,7 @@ def test_real_runs_give_a_model(few_rounds, tmp_path):
     (table,) = model.as_json()["layer_types"]
     assert table["grid"] == [[16, 32]] and all(ms > 0 for ms in table["ms"])
     # 32 neurons have two legal sizes: no more whole models than that.
-    assert [c.name for c in model.checks] == ["dense", "2/3 of all"] and all(c.measured > 0 for c in model.checks)
+    assert [c.name for c in model.checks] == ["dense", "3/5 of all"] and all(c.measured > 0 for c in model.checks)
     assert steps == [(i, 6) for i in range(1, 7)]
     # The sessions are gone; the same model is found again, without a step.
     assert cost_of(s, tmp_path, progress=lambda done, of: pytest.fail("measured again")).as_json() == model.as_json()

@@ -35,6 +35,7 @@ from tilecut_passes.calibration import Batch
 from tilecut_passes.check_finite import check_weights
 from tilecut_passes.dense_layer import DenseLayer
 from tilecut_passes.disk_tensor import DiskTensors, WaitingTensors
+from tilecut_passes.expert_layer import ExpertLayer
 from tilecut_passes.graph import Graph, Refusal, source
 from tilecut_passes.plan import PrunePlan
 from tilecut_passes.refit_sites import Kept, RefitLayer, Site, blocks_of, find_changed, find_sites
@@ -135,8 +136,9 @@ class _Refit:
             one.put(keep)
         if not starved:
             return []
+        what = "experts" if isinstance(self.first.layer, ExpertLayer) else "channel groups"
         shown = ", ".join(map(str, starved[:8])) + (", .." if len(starved) > 8 else "")
-        why = f"parts {shown} of {self.parts} saw fewer rows than they have inputs ({self.inputs}): left as they are"
+        why = f"{what} {shown} of {self.parts} saw fewer rows than they have inputs ({self.inputs}): left as they are"
         return [Refusal("Reconstruct", self.first.node, why)]
 
     def _target(self, run: TwinRun) -> Tensor:

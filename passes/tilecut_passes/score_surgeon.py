@@ -118,6 +118,8 @@ class _State:
         assert one.fisher is not None
         gram = one.gram
         ridge = torch.full((len(gram),), float(RIDGE * gram.diagonal()[:-1].mean().clamp_min(1e-12)), dtype=gram.dtype)
+        # What is always zero costs nothing to remove, whatever its weights are.
+        ridge[gram.diagonal() == 0] *= 1e-6
         ridge[-1] = 1e-9 * gram[-1, -1]
         weights = torch.cat([one.layer.matrix(graph).double(), one.layer.offset(graph).double()[:, None]], 1).cpu()
         # M is positive semidefinite but for rounding: its square root comes from the eigenvalues that are positive.

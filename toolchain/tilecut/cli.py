@@ -1,4 +1,4 @@
-"""The `tilecut` command: compile, inspect, verify, bench, run, targets.
+"""The `tilecut` command: compile, explore, inspect, verify, bench, run, targets.
 
 Exit codes: 0 done; 1 an error, said in one line; 2 wrong usage; 3 a verification failed.
 """
@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 an error, said in one line; 2 wrong usage; 3 a verificatio
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 
 from tilecut import __version__, cli_inputs, show
+from tilecut.cli_config import BUDGET, make_config, takes_config
 from tilecut_runtime.errors import ArtifactError, TilecutError, VerificationError
 from tilecut_runtime.manifest import Manifest, Rung, read_json
 from tilecut_runtime.session import MAX_THREADS, load
@@ -32,6 +34,9 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
+Model = Annotated[Path, typer.Argument(help="folder of a Hugging Face model")]
+TargetName = Annotated[str, typer.Option("--target", help="edge, cuda, ascend, ascend:<chip>")]
+Calibration = Annotated[Path | None, typer.Option(help=".txt, .tsv or .jsonl; default: general text")]
 Folder = Annotated[Path, typer.Argument(help="an artifact's folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, nothing else")]
 Device = Annotated[str | None, typer.Option(help='"cpu", "reference", ..; default: what the artifact was compiled for')]
@@ -50,6 +55,11 @@ def main() -> None:
         )
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one that prints, of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _fail(kind: str, message: str, code: int) -> NoReturn:
     if "--json" in sys.argv:
         print(json.dumps({"error": {"kind": kind, "message": message}}))
@@ -65,63 +75,40 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 @app.command("compile")
+@takes_config
 def compile_(
-    model: Annotated[Path, typer.Argument(help="folder of a Hugging Face model")],
-    target: Annotated[str, typer.Option(help="edge, cuda, ascend, ascend:<chip>")] = "edge",
+    model: Model,
+    options: dict[str, Any],
+    target: TargetName = "edge",
     output: Annotated[Path | None, typer.Option(help="the artifact's folder; default <model>-<target>")] = None,
-    calibration: Annotated[Path | None, typer.Option(help=".txt, .tsv or .jsonl; default: general text")] = None,
-    preset: Annotated[str, typer.Option(help="edge, cloud or hybrid; options below override it")] = "hybrid",
+    calibration: Calibration = None,
     dense: Annotated[bool, typer.Option("--dense", help="cut nothing, only fuse and lower")] = False,
-    sparsity: Annotated[float | None, typer.Option(help="fraction of the prunable MACs that goes, 0 to 1")] = None,
-    max_macs: Annotated[int | None, typer.Option(help="MACs of the whole model")] = None,
-    max_params: Annotated[int | None, typer.Option(help="parameters of the whole model")] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="bytes of the whole model's weights")] = None,
-    attention_sparsity: Annotated[float | None, typer.Option(help="fraction of the attention's MACs that goes")] = None,
-    num_heads_keep: Annotated[int | None, typer.Option(help="heads that every attention keeps")] = None,
-    block: Annotated[int | None, typer.Option(help="widths are multiples of this and of the target's block")] = None,
-    power_of_two_heads: Annotated[bool | None, typer.Option(help="head counts are powers of two")] = None,
-    kinds: Annotated[str | None, typer.Option(help="comma-separated: heads,kv_groups,queries,neurons")] = None,
-    method: Annotated[str | None, typer.Option(help="importance: obs, fisher, taylor or magnitude")] = None,
-    reconstruct: Annotated[bool | None, typer.Option(help="refit weights by least squares")] = None,
-    sequence: Annotated[int | None, typer.Option(help="tokens at which MACs and latency are counted")] = None,
-    seed: Annotated[int | None, typer.Option(help="of every random choice")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="fraction of the prunable MACs that goes, 0 to 1", rich_help_panel=BUDGET)
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None,
+        typer.Option(help="milliseconds of one run, by the target's cost model", rich_help_panel=BUDGET),
+    ] = None,
     measure: Annotated[bool, typer.Option(help="measure latency against the dense model")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Prune, legalize, fuse, lower and emit a model, and verify what was emitted."""
     from tilecut.compile import compile_pruned
-    from tilecut.config import PruneConfig, find_config
 
-    options: dict[str, Any] = {
-        "sparsity": sparsity,
-        "max_macs": max_macs,
-        "max_params": max_params,
-        "max_bytes": max_bytes,
-        "attention_sparsity": attention_sparsity,
-        "num_heads_keep": num_heads_keep,
-        "block": block,
-        "power_of_two_heads": power_of_two_heads,
-        "method": method,
-        "reconstruct": reconstruct,
-        "seed": seed,
-        "kinds": tuple(k.strip() for k in kinds.split(",")) if kinds is not None else None,
-        "at": {"sequence": sequence} if sequence is not None else None,
-    }
-    given = {k: v for k, v in options.items() if v is not None}
-    base = find_config(preset)
-    assert base is not None
-    held = base.model_dump()
-    if (
-        any(k in given for k in ("max_macs", "max_params", "max_bytes", "num_heads_keep", "attention_sparsity"))
-        and "sparsity" not in given
-    ):
-        # A budget of another kind takes the place of the preset's.
-        held.pop("sparsity")
-    config = None if dense else PruneConfig(**{**held, **given})
-    with show.compile_progress(err, quiet=as_json) as progress:
+    config = make_config(options, sparsity=sparsity, max_latency_ms=max_latency_ms)
+    with show.compile_progress(err, quiet=as_json or not is_main_process()) as progress:
         artifact = compile_pruned(
-            model, target, calibration=calibration, config=config, output=output, measure=measure, progress=progress
+            model,
+            target,
+            calibration=calibration,
+            config=None if dense else config,
+            output=output,
+            measure=measure,
+            progress=progress,
         )
+    if not is_main_process():
+        return
     if as_json:
         print(json.dumps({"path": str(artifact.path), "report": artifact.report}))
     else:
@@ -129,6 +116,57 @@ def compile_(
         out.print(
             f"artifact {artifact.path}\nreport   {artifact.path / 'report.html'}", highlight=False, soft_wrap=True
         )
+
+
+@app.command()
+@takes_config
+def explore(
+    model: Model,
+    options: dict[str, Any],
+    target: TargetName = "edge",
+    output: Annotated[Path | None, typer.Option(help="a folder; default <model>-<target>-explore")] = None,
+    calibration: Calibration = None,
+    sparsities: Annotated[
+        str | None, typer.Option(help="the budgets, comma-separated; default 0.2,0.3,..,0.8", rich_help_panel=BUDGET)
+    ] = None,
+    latencies_ms: Annotated[
+        str | None, typer.Option(help="budgets in milliseconds instead, comma-separated", rich_help_panel=BUDGET)
+    ] = None,
+    quality: Annotated[
+        str | None, typer.Option(help="cosine, accuracy, perplexity, loss or kl; default: what there is")
+    ] = None,
+    emit: Annotated[bool, typer.Option("--emit", help="write an artifact of every budget")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="time the artifacts; turns --emit on")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a model to many budgets: which of them are worth their loss, and where more speed begins to cost more."""
+    from tilecut.exploration import PAGE
+    from tilecut.explore import explore as sweep
+
+    config = make_config(options)
+    budgets = cli_inputs.fractions("--sparsities", sparsities) if sparsities is not None else None
+    milliseconds = cli_inputs.fractions("--latencies-ms", latencies_ms) if latencies_ms is not None else None
+    with show.compile_progress(err, quiet=as_json or not is_main_process()) as progress:
+        found = sweep(
+            model,
+            target,
+            calibration=calibration,
+            config=config,
+            output=output,
+            sparsities=budgets,
+            latencies_ms=milliseconds,
+            quality=quality,
+            emit=emit,
+            measure=measure,
+            progress=progress,
+        )
+    if not is_main_process():
+        return
+    if as_json:
+        print(json.dumps({"path": str(found.path), "report": found.report}))
+    else:
+        show.front(out, found.report)
+        out.print(f"report {found.path / PAGE}", highlight=False, soft_wrap=True)
 
 
 @app.command()

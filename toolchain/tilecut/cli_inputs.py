@@ -23,6 +23,30 @@ def numbers(option: str, text: str) -> list[int]:
     return found
 
 
+def fractions(option: str, text: str) -> list[float]:
+    """A comma-separated list of numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as e:
+        raise InputError(option, "not a comma-separated list of numbers", got=repr(text), wanted="e.g. 0.3,0.5") from e
+
+
+def names(text: str) -> list[str]:
+    """A comma-separated list of names."""
+    return [part.strip() for part in text.split(",")]
+
+
+def named_numbers(option: str, texts: Sequence[str]) -> dict[str, int]:
+    """Numbers by name, of texts such as "neurons=64"; a name may hold "=" itself."""
+    found = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        if not name or not number.strip().isdecimal():
+            raise InputError(option, "not a name and a number", got=repr(text), wanted="e.g. neurons=64")
+        found[name] = int(number)
+    return found
+
+
 def made_up_inputs(session: Session, batch: int, sequence: int) -> dict[str, np.ndarray]:
     """Inputs of the given sizes: masks of ones, ids of 1, random floats.
 

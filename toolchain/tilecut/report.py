@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tilecut.artifact import REPORT, REPORT_PAGE
 from tilecut.config import PruneConfig
 from tilecut.cut_model import CutModel
+from tilecut.load_calibration import Calibration
 from tilecut.prepare import Prepared
 from tilecut_passes.count_macs import count_parameters
 from tilecut_passes.graph import Graph, Refusal
@@ -68,15 +69,7 @@ def build_report(
             for g in choice.plan.groups
         ],
         "frozen": [asdict(f) for f in choice.plan.frozen],
-        "calibration": {
-            "source": calibration.source,
-            "tokens": calibration.tokens,
-            "batches": len(calibration.fit),
-            "held_out": len(calibration.held_out),
-            "general": len(calibration.general),
-        }
-        if calibration
-        else None,
+        "calibration": calibration_facts(calibration) if calibration else None,
         "fidelity": fidelity,
         "recovery": cut.recovery,
         "latency": latency,
@@ -90,6 +83,17 @@ def build_report(
         "seconds": {k: round(v, 2) for k, v in seconds.items()},
         "machine": machine(),
         "tools": manifest.tools,
+    }
+
+
+def calibration_facts(calibration: Calibration) -> dict[str, Any]:
+    """What was fitted and what was held out."""
+    return {
+        "source": calibration.source,
+        "tokens": calibration.tokens,
+        "batches": len(calibration.fit),
+        "held_out": len(calibration.held_out),
+        "general": len(calibration.general),
     }
 
 

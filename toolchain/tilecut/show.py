@@ -108,6 +108,40 @@ def report(console: Console, r: Mapping[str, Any]) -> None:
     rungs(console, [Rung(**v) for v in r["verification"]])
 
 
+def front(console: Console, r: Mapping[str, Any]) -> None:
+    """The points of an exploration, the front and its knee marked."""
+    dense = next(p for p in r["points"] if p["name"] == "dense")
+    table = Table(title=plain(r["title"]), title_justify="left")
+    table.add_column("")
+    for name in (r["quality"]["name"], "predicted ms", "measured ms", "MACs", "of dense", "parameters"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    clock = "cpu_ms" if r["at"]["threads"] == 1 else "wall_ms"
+    for p in r["points"]:
+        if p["why"] is not None:
+            continue
+        mark = "[bold red]knee[/]" if p["name"] == r["knee"] else "front" if p["name"] in r["front"] else ""
+        table.add_row(
+            plain(p["name"]),
+            f"{p['quality']:.4f}",
+            "" if p["predicted_ms"] is None else f"{p['predicted_ms']:.2f}",
+            "" if p["measured"] is None else f"{p['measured'][clock]:.2f}",
+            f"{p['macs']:,}",
+            f"{p['macs'] / dense['macs']:.3f}" if dense["macs"] else "",
+            f"{p['parameters']:,}",
+            mark,
+        )
+    console.print(table)
+    for p in r["points"]:
+        if p["why"] is not None:
+            console.print(f"[yellow]{plain(p['name'])}:[/] {plain(p['why'])}", highlight=False, soft_wrap=True)
+    notes = [*r["notes"], *(f"{p['name']}: {note}" for p in r["points"] for note in p["notes"])]
+    if r["latency"]["status"] == "not run":
+        notes.append(f"not measured: {r['latency']['why']}")
+    for note in notes:
+        console.print(f"[yellow]note:[/] {plain(note)}", highlight=False, soft_wrap=True)
+
+
 def rungs(console: Console, rows: Sequence[Rung]) -> None:
     """The verification ladder."""
     table = Table("rung", "status", "figure", "limit", "", title="verification", title_justify="left")
