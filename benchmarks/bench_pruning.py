@@ -107,10 +107,10 @@ class Bench:
                 [texts[i] for i in part], truncation=True, max_length=LENGTH, padding=True, return_tensors="pt"
             )
             batches.append({**held, "labels": torch.from_numpy(labels[part])})
-        head = tuple(torch.from_numpy(x).float() for x in (self.judge.head.coef_, self.judge.head.intercept_))
+        weight, bias = (torch.from_numpy(x).float() for x in (self.judge.head.coef_, self.judge.head.intercept_))
         for keep in KEEP:
             start = time.perf_counter()
-            pruned, got = torch_pruning_peer.cut(self.model, importance, keep, 128, batches, head)
+            pruned, got = torch_pruning_peer.cut(self.model, importance, keep, 128, batches, (weight, bias))
             seconds = {"budget": round(time.perf_counter() - start, 1)}
             lattice = "whole heads, any number of neurons, every layer alike"
             self.add(f"Torch-Pruning {importance}", seed, keep, got, lattice, seconds, torch_encoder(pruned))

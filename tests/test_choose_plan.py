@@ -155,7 +155,7 @@ def test_adapt_block_takes_the_largest_that_loses_little():
     assert own.block is None
     # 256 neurons: with a block of 256 none of them can go, and the heads alone are not half of the MACs.
     assert free.block == 128 and all(n % 128 == 0 for n in kept(free, "neurons"))
-    assert strict.loss <= own.loss * (1 + 1e-6) and strict.block <= free.block
+    assert strict.block is not None and strict.loss <= own.loss * (1 + 1e-6) and strict.block <= free.block
     between = choose(sparsity=0.5, adapt_block=0.3)
     assert between.loss <= 1.3 * own.loss + 1e-9
 

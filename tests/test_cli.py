@@ -5,10 +5,11 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from checks import minilm_folder, text_batch, tiny_bert
-from tilecut import cli
+from tilecut import cli, show
 from tilecut_runtime.manifest import Manifest, list_files
 
 
@@ -59,7 +60,7 @@ def test_compile_prints_the_table_and_where_everything_is(compiled):
     assert result.exit_code == 0, result.output
     for word in ("prunable MACs", "parameters", "CPU ms", "kept heads:", "verification", "report.html", str(output)):
         assert word in result.output, word
-    for stage in ("capture", "score (obs)", "reconstruct", "verify", "latency"):
+    for stage in ("capture", "score (table)", "reconstruct", "verify", "latency"):
         assert stage in result.output, stage
     report = json.loads((output / "report.json").read_text())
     assert report["config"]["sparsity"] == 0.5 and report["config"]["block"] == 16
@@ -84,6 +85,55 @@ def test_compile_json_is_one_object(model_folder, texts, tmp_path, compiled, mai
     assert held["report"]["parameters"]["pruned"] <= budget
     # The preset's sparsity gave way to the budget that was asked for.
     assert held["report"]["config"]["sparsity"] is None
+
+
+@pytest.fixture(scope="module")
+def explored(model_folder, texts, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli") / "front"
+    arguments = ["explore", model_folder, "--target", "cuda", "--output", output, "--calibration", texts]
+    return output, run(*arguments, "--sparsities", "0.3,0.6,0.99", "--sequence", "16", "--block", "64", "--method", "wanda")
+
+
+def test_explore_prints_the_front(explored):
+    output, result = explored
+    assert result.exit_code == 0, result.output
+    shown = result.output
+    for word in ("cosine", "against MACs", "dense", "sparsity-0.3", "sparsity-0.6", "front", "explore.html"):
+        assert word in shown, word
+    assert "sparsity-0.99: search: no legal model fits" in shown
+    for stage in ("capture", "score (wanda)", "sweep"):
+        assert stage in shown, stage
+    held = json.loads((output / "explore.json").read_text())
+    assert held["config"]["block"] == 64 and held["config"]["at"] == {"sequence": 16}
+    assert [p["name"] for p in held["points"]] == ["dense", "sparsity-0.3", "sparsity-0.6", "sparsity-0.99"]
+
+
+def test_the_knee_is_marked(explored, capsys):
+    report = json.loads((explored[0] / "explore.json").read_text())
+    # The table alone: which point is the knee depends on the model.
+    shown = Console(width=160, no_color=True)
+    show.front(shown, {**report, "knee": "sparsity-0.3"})
+    rows = [line for line in capsys.readouterr().out.splitlines() if "knee" in line]
+    assert len(rows) == 1 and "sparsity-0.3" in rows[0]
+
+
+def test_explore_json_is_one_object(model_folder, texts, tmp_path, main):
+    arguments = ["explore", model_folder, "--target", "cuda", "--output", tmp_path / "f", "--calibration", texts]
+    code, out, _ = main(*arguments, "--sparsities", "0.5", "--sequence", "16", "--method", "magnitude", "--json")
+    held = json.loads(out)
+    assert code == 0 and held["path"] == str(tmp_path / "f")
+    assert held["report"] == json.loads((tmp_path / "f" / "explore.json").read_text())
+
+
+def test_only_the_main_process_prints(explored, monkeypatch, main, model_folder):
+    class Found:
+        path, report = explored[0], json.loads((explored[0] / "explore.json").read_text())
+
+    monkeypatch.setattr("tilecut.explore.explore", lambda *given, **options: Found)
+    assert "sparsity-0.3" in main("explore", model_folder)[1]
+    monkeypatch.setenv("RANK", "1")
+    assert main("explore", model_folder) == (0, "", "")
+    assert main("explore", model_folder, "--json") == (0, "", "")
 
 
 def test_inspect(compiled, main):
@@ -165,7 +215,12 @@ def test_targets(main):
         (("compile", "{model}", "--kinds", ""), "kind '' is none of"),
         (("compile", "{model}", "--sequence", "0"), "must be positive"),
         (("compile", "{model}", "--calibration", "absent.tsv"), "no such calibration file"),
+        (("compile", "{model}", "--min-units", "heads"), "not a name and a number; got 'heads'"),
         (("compile", "absent"), "no config.json"),
+        (("explore", "{model}", "--sparsities", "half"), "not a comma-separated list of numbers; got 'half'"),
+        (("explore", "{model}", "--sparsities", "0.5,2"), "bad sparsity; got 2.0"),
+        (("explore", "{model}", "--sparsities", "0.5", "--latencies-ms", "3"), "wanted one of them"),
+        (("explore", "{model}", "--output", "{artifact}"), "exists and is no exploration"),
         (("inspect", "absent"), "absent"),
         (("verify", "{model}"), "manifest.json"),
         (("run", "{artifact}"), "give either --inputs or --text"),
@@ -206,7 +261,7 @@ def test_wrong_usage_is_exit_code_2(main):
 def test_help_and_version(main):
     code, out, _ = main("--version")
     assert code == 0 and re.fullmatch(r"tilecut \d+\.\d+\.\d+\n", out)
-    for command in ("compile", "inspect", "verify", "bench", "run", "targets"):
+    for command in ("compile", "explore", "inspect", "verify", "bench", "run", "targets"):
         assert main(command, "--help")[0] == 0
         assert command in main("--help")[1]
 

@@ -32,7 +32,7 @@ def run_of(module, x):
     return graph, node, run
 
 
-@pytest.mark.parametrize("chunk", (64 << 20, 300))
+@pytest.mark.parametrize("chunk", [64 << 20, 300])
 @pytest.mark.parametrize("case", CASES)
 def test_rows_times_matrices_are_the_convolution(case, chunk, monkeypatch):
     monkeypatch.setattr(subject, "CHUNK_BYTES", chunk)

@@ -8,6 +8,7 @@ from torch import nn
 from checks import bert_graph, groups_of, random_plan, randomise, text_batch
 from launched_recovery import made
 from tilecut.distillation import Distillation, residual_sums
+from tilecut.make_cases import make_inputs
 from tilecut.recovery_config import Recovery
 from tilecut_passes.calibration import Batch, check_batches
 from tilecut_passes.capture import capture
@@ -15,6 +16,7 @@ from tilecut_passes.plan import PrunePlan
 from tilecut_passes.prune import Prune, as_cut
 from tilecut_passes.run_passes import run_passes
 from tilecut_runtime.errors import CalibrationError
+from zoo import ZOO
 
 CPU = torch.device("cpu")
 
@@ -25,6 +27,10 @@ def halved(dense, *kinds):
     plan = PrunePlan.keep_all(dense, groups).keeping({g.name: range(g.size // 2) for g in groups})
     run_passes(pruned, [Prune(plan)])
     return pruned, plan
+
+
+def value(loss):
+    return float(loss.detach())
 
 
 def relative(want, got, keep, median):
@@ -51,14 +57,14 @@ def test_the_loss_is_what_it_says():
     outputs = (divergence + relative(want["hidden"], got["hidden"], keep, median)) / 2
     labels = float(nn.functional.cross_entropy(got["logits"].double(), batch.labels))
     loss = 0.25 * (outputs + 0.5 * sum(states) / 4) + 0.75 * labels
-    assert float(task.loss(batch, batch)) == pytest.approx(loss, rel=1e-5)
-    assert float(task.loss(batch, batch, hidden=False)) == pytest.approx(0.25 * outputs + 0.75 * labels, rel=1e-5)
+    assert value(task.loss(batch, batch)) == pytest.approx(loss, rel=1e-5)
+    assert value(task.loss(batch, batch, hidden=False)) == pytest.approx(0.25 * outputs + 0.75 * labels, rel=1e-5)
 
 
 def test_nothing_lost_is_no_loss():
     dense, batches = made(2)
     task = Distillation.of(dense, dense.copy(), Recovery(), CPU, batches)
-    assert task.hidden == [] and float(task.loss(batches[0], batches[0])) == 0
+    assert task.hidden == [] and value(task.loss(batches[0], batches[0])) == 0
 
 
 @pytest.mark.parametrize("labels", [None, "task"])
@@ -69,8 +75,8 @@ def test_parts_of_a_batch_add_up(labels):
     task = Distillation.of(dense, pruned, Recovery(labels=labels), CPU, batches)
     for batch in batches:
         parts = [Batch({k: v[i::4] for k, v in batch.inputs.items()}, batch.labels[i::4]) for i in range(4)]
-        summed = sum(float(task.loss(part, batch)) for part in parts)
-        assert summed == pytest.approx(float(task.loss(batch, batch)), rel=1e-5)
+        summed = sum(value(task.loss(part, batch)) for part in parts)
+        assert summed == pytest.approx(value(task.loss(batch, batch)), rel=1e-5)
 
 
 def test_what_padding_holds_does_not_count():
@@ -80,7 +86,7 @@ def test_what_padding_holds_does_not_count():
     ids = torch.where(batch.mask != 0, batch.inputs["input_ids"], 7)
     other = Batch({**batch.inputs, "input_ids": ids})
     task = Distillation.of(dense, pruned, Recovery(), CPU, [batch])
-    assert float(task.loss(batch, batch)) == pytest.approx(float(task.loss(other, other)), rel=1e-5)
+    assert value(task.loss(batch, batch)) == pytest.approx(value(task.loss(other, other)), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +112,7 @@ def test_hidden_states_are_the_residual_streams_sums(build, sums):
 
 
 class Heads(nn.Module):
-    """An attention that gives its weights too, and an answer's start for each text."""
+    """An attention, an answer's start for each text, one number for each, and an integer for each position."""
 
     def __init__(self):
         super().__init__()
@@ -119,10 +125,10 @@ class Heads(nn.Module):
         q, k, v = (p(x).view(b, s, 4, 4).transpose(1, 2) for p in (self.q, self.k, self.v))
         weights = (q @ k.transpose(-1, -2) / 2).softmax(-1)
         x = x + self.out((weights @ v).transpose(1, 2).reshape(b, s, -1))
-        return {"start_logits": self.start(x).squeeze(-1), "weights": weights, "mean": x.mean((1, 2))}
+        return {"start_logits": self.start(x).squeeze(-1), "largest": x.argmax(-1), "mean": x.mean((1, 2))}
 
 
-def test_outputs_that_the_cut_changed_and_outputs_of_low_rank():
+def test_outputs_of_low_rank_and_of_integers():
     example = {name: torch.ones(2, 7, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     dense = capture(randomise(Heads()), example)
     pruned, _ = halved(dense, "heads")
@@ -131,10 +137,10 @@ def test_outputs_that_the_cut_changed_and_outputs_of_low_rank():
     task = Distillation.of(dense, pruned, Recovery(), CPU, [batch])
     assert task.compared == ["start_logits", "mean"]
     parts = [Batch({k: v[i::2] for k, v in batch.inputs.items()}) for i in range(2)]
-    assert sum(float(task.loss(p, batch)) for p in parts) == pytest.approx(float(task.loss(batch, batch)), rel=1e-5)
+    assert sum(value(task.loss(p, batch)) for p in parts) == pytest.approx(value(task.loss(batch, batch)), rel=1e-5)
     assert Distillation.of(dense, pruned, Recovery(), CPU, [batch], outputs=["mean"]).compared == ["mean"]
-    with pytest.raises(CalibrationError, match="no floating output of the dense one's shape; got weights"):
-        Distillation.of(dense, pruned, Recovery(), CPU, [batch], outputs=["weights"])
+    with pytest.raises(CalibrationError, match="no floating output of the dense one's shape; got largest"):
+        Distillation.of(dense, pruned, Recovery(), CPU, [batch], outputs=["largest"])
 
 
 def test_a_cache_is_cut_and_not_compared():
@@ -155,18 +161,14 @@ def test_a_cache_is_cut_and_not_compared():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters().values())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "llama_tied", "t5"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
 def test_bf16_runs_and_is_near(name):
-    from zoo import ZOO
-
     dense = capture(randomise(ZOO[name].build()))
     pruned = dense.copy()
     run_passes(pruned, [Prune(random_plan(dense, 1, "heads", "kv_groups", "neurons"))])
-    from tilecut.make_cases import make_inputs
-
     batch = Batch(make_inputs(dense, 2, 9, seed=1))
     losses = [
-        float(Distillation.of(dense, pruned, Recovery(precision=p), CPU, [batch]).loss(batch, batch))
+        value(Distillation.of(dense, pruned, Recovery(precision=p), CPU, [batch]).loss(batch, batch))
         for p in ("fp32", "bf16")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[0] != losses[1]

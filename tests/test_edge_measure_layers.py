@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from checks import TinyMlp, bert_graph, encoder_graph, mlp_graph, randomise
-from test_layer_region import graph_of
+from layer_graphs import graph_of
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.capture import capture

@@ -32,7 +32,7 @@ def test_the_parts_stay_readable_apart():
 
 
 def test_every_error_is_a_tilecut_error_and_bad_values_are_value_errors_too():
-    assert len(KINDS) == 9
+    assert len(KINDS) == 10
     assert {e.__name__ for e in KINDS if issubclass(e, ValueError)} == {
         "ConfigError",
         "CalibrationError",

@@ -45,6 +45,13 @@ def test_run_without_torch(tmp_path, edge_artifact):
     assert "largest difference 0.0" in out
 
 
+def test_explore_budgets(tmp_path):
+    out = run_example("explore_budgets.py", tmp_path)
+    assert "mean cosine to the dense outputs against MACs" in out and "no legal model fits" in out
+    assert "rows of the table measured again: 0" in out
+    assert {"explore.json", "explore.png", "explore.html"} == {p.name for p in (tmp_path / "front").iterdir()}
+
+
 def test_no_example_is_left_out():
-    tested = {"own_pass.py", "hand_written_plan.py", "run_without_torch.py"}
+    tested = {"explore_budgets.py", "own_pass.py", "hand_written_plan.py", "run_without_torch.py"}
     assert {p.name for p in (ROOT / "examples").glob("*.py")} == tested

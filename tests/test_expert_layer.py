@@ -52,7 +52,7 @@ def run_of(module):
 
 @pytest.mark.parametrize(
     "module",
-    (Sorted(False), Sorted(True), Dense(torch.bmm), Dense(torch.matmul)),
+    [Sorted(False), Sorted(True), Dense(torch.bmm), Dense(torch.matmul)],
     ids=("sorted", "sorted, transposed", "bmm", "matmul"),
 )
 def test_rows_times_matrices_are_the_product(module):

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import pytest
@@ -32,7 +33,7 @@ def test_the_knee_is_the_bend_of_a_front():
     # y = 1 - exp(-x / 2) of ten steps lies highest above its chord where its slope is the chord's.
     points = [(x, 1 - 2.718281828 ** (-x / 2)) for x in range(11)]
     chord = points[-1][1] / 10
-    slopes = [b[1] - a[1] for a, b in zip(points, points[1:])]
+    slopes = [b[1] - a[1] for a, b in itertools.pairwise(points)]
     assert find_knee(points) == next(i for i, slope in enumerate(slopes) if slope < chord)
 
 

@@ -5,9 +5,9 @@ import types
 
 import pytest
 import torch
-from torch import nn
 
-from checks import TinyMlp, encoder_graph, op_names, randomise, tiny_bert
+from checks import TinyMlp, op_names, randomise
+from layer_graphs import graph_of
 from tilecut.config import KINDS
 from tilecut.make_cases import make_inputs
 from tilecut_passes.axes.groups import find_groups
@@ -20,35 +20,6 @@ from tilecut_passes.prune import Prune, as_cut
 from tilecut_passes.run_passes import largest_error, run_passes
 from tilecut_runtime.errors import VerificationError
 from tilecut_targets.edge.time_samples import record
-from zoo import ZOO
-
-
-class GatedFfn(nn.Module):
-    """A gated FFN before a plain one; without a norm between them the hidden width can be cut too, and joins all."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
-        self.plain = TinyMlp(neurons=16, out=12)
-
-    def forward(self, x):
-        x = x + self.down(torch.sigmoid(self.gate(x)) * self.up(x))
-        return self.plain(x)
-
-
-@functools.lru_cache
-def graph_of(name):
-    made = {
-        "bert": lambda: capture(tiny_bert()),
-        "encoder": encoder_graph,
-        "mlp": lambda: capture(randomise(TinyMlp()), torch.randn(4, 12)),
-        "gated": lambda: capture(randomise(GatedFfn()), torch.randn(4, 12)),
-    }
-    if name in made:
-        return made[name]()
-    built = ZOO[name].build()
-    model, inputs = built if isinstance(built, tuple) else (built, None)
-    return capture(randomise(model), inputs)
 
 
 @functools.lru_cache

@@ -7,7 +7,7 @@ import transformers
 
 from checks import TEXTS, TinyMlp, bert_graph, mlp_graph, text_batch, tiny_bert
 from tilecut.load_calibration import Calibration, hold_out, load_calibration
-from tilecut.mix_texts import general_passages
+from tilecut.mix_texts import GENERAL, general_passages
 from tilecut.read_rows import MAX_ROWS
 from tilecut.tokenize_texts import load_tokenizer
 from tilecut_passes.calibration import Batch
@@ -80,14 +80,15 @@ def test_texts_become_batches_of_the_models_own_ids(bert):
     assert max(map(len, rows(load(WORDS, bert, sequence=9, mixture=0).fit))) == 9
 
 
-def test_the_mixture_is_that_fraction_of_what_is_fitted(bert):
+def test_the_mixture_is_that_fraction_of_the_fitted_tokens(bert):
     own = set(map(ids, WORDS))
-    for mixture, count in ((0.25, 60), (0.5, 180), (0.0, 0)):
+    for mixture in (0.25, 0.5, 0.0):
         got = load(WORDS, bert, mixture=mixture)
         fitted = rows(got.fit)
-        assert len([row for row in fitted if row in own]) == 180
-        assert len([row for row in fitted if row not in own]) == count
-        assert (f"and {count} general texts (WordNet" in got.source) == bool(count)
+        general = [row for row in fitted if row not in own]
+        assert len(fitted) - len(general) == 180
+        assert sum(map(len, general)) / got.tokens == pytest.approx(mixture, abs=0.005)
+        assert got.source == (f"200 texts, and {len(general)} {GENERAL}" if general else "200 texts")
         # In-domain is what the caller gave, and general text is reported whatever is mixed.
         assert set(rows(got.held_out)) <= own
         assert len(rows(got.general)) == len(general_passages()[1])
@@ -163,7 +164,7 @@ def test_labels_stay_with_their_texts_and_general_text_has_none(classifier):
         assert [wanted[row] for row in rows([batch])] == batch.labels.tolist()
     assert len(rows(got.scoring)) == 180
     general = [b for b in got.fit if b.labels is None]
-    assert len(rows(general)) == 60 and all(b.labels is None for b in got.general)
+    assert general and all(b.labels is None for b in got.general)
     unlabelled = load(WORDS, classifier)
     assert unlabelled.scoring == unlabelled.fit
 
@@ -191,8 +192,9 @@ def test_rows_of_ids_are_padded_with_the_tokenizers_pad(bert):
 def test_batches_beside_a_tokenizer_are_mixed_too(bert):
     batches = [text_batch(16, 9, seed=i, vocab=SIZE) for i in range(20)]
     got = load(torch.utils.data.DataLoader(batches, batch_size=None), bert, mixture=0.2)
-    assert len(rows(got.fit)) == 18 * 16 * 5 // 4
-    assert got.source.startswith("20 batches, and 72 general texts")
+    given = sum(int(b["attention_mask"].sum()) for i, b in enumerate(batches) if i % 10 != 5)
+    assert given / got.tokens == pytest.approx(0.8, abs=0.01)
+    assert got.source.startswith("20 batches, and ") and "general texts" in got.source
 
 
 def test_without_a_tokenizer_batches_are_not_mixed_and_that_is_said():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import tilecut.compile
+import tilecut.prepare
 from checks import randomise
 from support import HARDLY_ANY, groups_by_kind, support_of, titles_in_readme
 from tilecut import PruneConfig, compile_pruned
@@ -75,7 +75,7 @@ def test_goes_through(name, tmp_path, monkeypatch):
     assert max(largest_error(a, b) for a, b in zip(want, swapped, strict=True)) > 1e-3
 
     # The same capture again: it takes longer than everything else.
-    monkeypatch.setattr(tilecut.compile, "capture", lambda *given: dense.copy())
+    monkeypatch.setattr(tilecut.prepare, "capture", lambda *given: dense.copy())
     artifact = compile_pruned(
         model, "edge", example, None, PruneConfig(sparsity=0.5, method="magnitude"), tmp_path / "out", measure=False
     )

@@ -9,7 +9,9 @@ The folder must lie on a disk. In one that lies in memory (tmpfs) nothing can be
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import tempfile
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -120,6 +122,17 @@ def is_file(tensor: Tensor) -> bool:
     return False
 
 
+def return_freed_memory() -> None:
+    """Make the C library return what was freed, where it can (glibc).
+
+    It keeps it otherwise, in holes that the next tensor of the same size does not fit into: aligned, that one needs a
+    little more. So memory would grow with every tensor that moves.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 @dataclass
 class WaitingTensors:
     """Where activations wait: in memory up to `limit` bytes of all owners together, beyond that on disk.
@@ -132,6 +145,7 @@ class WaitingTensors:
     disk: DiskTensors | None = None
     limit: int = IN_MEMORY_BYTES
     held: dict[Hashable, int] = field(default_factory=dict)
+    has_moved: bool = False
 
     def put(self, owner: Hashable, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors that an owner lets wait (all of them, in place of those of last time), mapped where need be."""
@@ -142,5 +156,12 @@ class WaitingTensors:
         if self.disk is None:
             self.disk = DiskTensors(Path(tempfile.gettempdir()))
         self.held[owner] = 0
+        self.has_moved = True
         moved = iter(self.disk.put([t.detach().cpu() for t in tensors if not is_mapped(t)]))
         return [t if is_mapped(t) else next(moved) for t in tensors]
+
+    def give_back(self) -> None:
+        """Return the memory of tensors that have moved, and that nobody holds any more, to the system."""
+        if self.has_moved:
+            return_freed_memory()
+        self.has_moved = False

@@ -147,7 +147,7 @@ def find_sites(
         layer, was = find_layer(node), find_layer(twin)
         why = None
         if layer is None or was is None:
-            if node in narrowed and any(_reads_weight(x) for x in node.all_input_nodes):
+            if node in narrowed and any(_is_weight(x, plan) for x in twin.all_input_nodes):
                 why = "no dense layer, convolution or product with experts: left as it is"
         elif uses[layer.weight] > 1 or (layer.bias is not None and uses[layer.bias] > 1):
             why = "its weight or bias is shared"
@@ -170,8 +170,9 @@ def _uses(graph: Graph) -> collections.Counter[str]:
     return uses
 
 
-def _reads_weight(node: fx.Node) -> bool:
-    return read_weight(node) is not None
+def _is_weight(node: fx.Node, plan: Kept | None) -> bool:
+    """Whether a node of the dense graph is a weight, or (where that is known) made of nothing else."""
+    return read_weight(node) is not None or (plan is not None and node in plan.axes.weights)
 
 
 def _outputs(layer: RefitLayer, graph: Graph) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tilecut_passes.share_batches import total
 
 # Outputs that are solved for at once: what is held beside the equations does not grow with the layer's outputs.
-OUTPUTS_AT_ONCE = 1024
+OUTPUTS_AT_ONCE = 512
 ROWS_AT_ONCE = 1024
 # Nothing to divide by where every input is zero.
 LEAST_PENALTY = 1e-12
@@ -92,12 +92,11 @@ class RidgeFactor:
             raise ArithmeticError("the normal equations are singular")
 
     def improve(self, start: Tensor, cross: Tensor) -> Tensor:
-        """The solution [I + 1, O] nearest to `start` [I + 1, O], given X^T T; rows are inputs, the last one the bias."""
+        """The solution for `start` [I + 1, O], in place, given X^T T; rows are inputs, the last one is the bias."""
         # gram holds X^T X + D.
-        missing = cross - self.gram @ start + self.penalty[:, None] * start
-        solved = start.clone()
-        solved[: self.size] += torch.cholesky_solve(missing[: self.size], self.lower)
-        return solved
+        missing = torch.addmm(cross, self.gram, start, alpha=-1).addcmul_(self.penalty[:, None], start)
+        start[: self.size] += torch.cholesky_solve(missing[: self.size], self.lower)
+        return start
 
 
 def solve(

@@ -93,10 +93,10 @@ class Stepper:
     def wait(self, where: WaitingTensors, owned: Collection[int]) -> None:
         """Let what is kept wait, on disk where there is too much of it; storages in `owned` are kept by others anyway."""
         self._forget(self.at)
-        held = [(n, v) for n, v in self.values.items() if isinstance(v, Tensor) and v.device.type == "cpu"]
-        held = [(n, v) for n, v in held if v.untyped_storage().data_ptr() not in owned]
-        for (node, _), moved in zip(held, where.put(id(self), [v for _, v in held]), strict=True):
-            self.values[node] = moved
+        held = [n for n, v in self.values.items() if isinstance(v, Tensor) and v.device.type == "cpu"]
+        held = [n for n in held if self.values[n].untyped_storage().data_ptr() not in owned]
+        self.values.update(zip(held, where.put(id(self), [self.values[n] for n in held]), strict=True))
+        where.give_back()
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = map_nodes(self.read, node.args, node.kwargs)

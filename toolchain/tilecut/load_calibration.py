@@ -12,7 +12,6 @@ text is added to what is fitted (`mix_texts.py`); it has no labels.
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from torch import nn
 
 from tilecut.batch_rows import Row, batch_rows
-from tilecut.mix_texts import GENERAL, general_passages, general_texts, mixed_in
+from tilecut.mix_texts import GENERAL, general_passages, mixed_in
 from tilecut.read_rows import MAX_ROWS, Rows, read_rows
 from tilecut.read_texts import read_texts
 from tilecut.tokenize_texts import Tokenizer, load_tokenizer, tokenizer_folder, why_no_text
@@ -61,7 +60,7 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
-        """Real positions (or rows, without a mask) in the batches to fit with."""
+        """Real positions (ids, or rows of other inputs, where there is no mask) in the batches to fit with."""
         return sum(_tokens(batch) for batch in self.fit)
 
     @property
@@ -77,7 +76,7 @@ def load_calibration(
 
     Args:
         sequence: texts are cut to this many tokens.
-        mixture: the fraction of what is fitted that is general text.
+        mixture: the fraction of the fitted tokens that is general text.
 
     Raises:
         CalibrationError: a file that cannot be read, texts without a tokenizer, or data that do not fit the model.
@@ -110,7 +109,7 @@ def load_calibration(
         unmixed = mixture > 0 and "input_ids" in graph.inputs
         source = f"{own.source}; no general text: {obstacle}" if unmixed else own.source
         return Calibration(own.fit, own.held_out, source, [], own.notes)
-    return _mixed(own, read, graph, tokenizer, mixture, seed)
+    return _mixed(own, graph, tokenizer, mixture, seed)
 
 
 def _general_alone(graph: Graph, tokenizer: Tokenizer, seed: int) -> Calibration:
@@ -151,34 +150,20 @@ def _own(read: Rows, name: str, graph: Graph, tokenizer: Tokenizer | None, seed:
     return Calibration(batches, batch_rows(graph, held, pad, start), source, notes=notes)
 
 
-def _mixed(own: Calibration, read: Rows, graph: Graph, tokenizer: Tokenizer, mixture: float, seed: int) -> Calibration:
+def _mixed(own: Calibration, graph: Graph, tokenizer: Tokenizer, mixture: float, seed: int) -> Calibration:
     """The caller's data with general text beside them."""
-    held = tokenizer.rows(general_passages()[1])
-    if tokenizer.unknown_share(held) > MAX_UNKNOWN:
+    passages, held = general_passages()
+    rest = tokenizer.rows(held)
+    if tokenizer.unknown_share(rest) > MAX_UNKNOWN:
         return Calibration(
             own.fit, own.held_out, f"{own.source}; no general text: its words are unknown", [], own.notes
         )
-    rows = sum(next(iter(batch.inputs.values())).shape[0] for batch in own.fit)
-    texts = general_texts(mixed_in(rows, mixture), _words(read, own, tokenizer), seed)
-    batches = batch_rows(graph, tokenizer.rows(texts), tokenizer.pad, tokenizer.start) if texts else []
-    fit = [*own.fit, *batches]
+    rows = mixed_in(tokenizer.rows(passages), lambda row: len(row["input_ids"]), own.tokens, mixture, seed)
+    fit = [*own.fit, *(batch_rows(graph, rows, tokenizer.pad, tokenizer.start) if rows else [])]
     # Any part of the batches is then like the whole.
     random.Random(seed).shuffle(fit)
-    source = f"{own.source}, and {len(texts)} {GENERAL}" if texts else own.source
-    general = batch_rows(graph, held, tokenizer.pad, tokenizer.start)
-    return Calibration(fit, own.held_out, source, general, own.notes)
-
-
-def _words(read: Rows, own: Calibration, tokenizer: Tokenizer) -> float:
-    """Words in a usual text of the caller's, as far as it is read."""
-    if read.texts:
-        longest = tokenizer.length
-        return statistics.median(
-            min(len((text if isinstance(text, str) else " ".join(text)).split()), longest) for text in read.texts
-        )
-    rows = sum(next(iter(batch.inputs.values())).shape[0] for batch in own.fit)
-    # A word of English is a token and a third or so.
-    return 0.75 * own.tokens / max(rows, 1)
+    source = f"{own.source}, and {len(rows)} {GENERAL}" if rows else own.source
+    return Calibration(fit, own.held_out, source, batch_rows(graph, rest, tokenizer.pad, tokenizer.start), own.notes)
 
 
 def _takes_labels(graph: Graph, notes: list[str]) -> bool:
@@ -207,4 +192,7 @@ def _key(row: Row, graph: Graph) -> bytes:
 
 
 def _tokens(batch: Batch) -> int:
-    return int(batch.mask.sum()) if batch.mask is not None else next(iter(batch.inputs.values())).shape[0]
+    if batch.mask is not None:
+        return int((batch.mask != 0).sum())
+    ids = batch.inputs.get("input_ids")
+    return ids.numel() if ids is not None else next(iter(batch.inputs.values())).shape[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -64,6 +65,7 @@ def move_to_disk(model: nn.Module, disk: DiskTensors) -> None:
     """Make floating tensors float32 and put those that are in memory on disk, one after another; ties stay."""
     moved: dict[int, Tensor] = {}
     for module in model.modules():
+        held: dict[str, Any]  # either holds the tensors of its kind
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is None:

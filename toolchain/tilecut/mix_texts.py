@@ -1,21 +1,23 @@
 """The general text that tilecut ships (WordNet glosses, `data/LICENSE-general.md`), and how much of it is mixed in.
 
-A refit on in-domain text alone forgets other text, so a part of what is fitted is general: `mixture` of the texts. To be
-that part of the tokens too, general texts are as long as the caller's: glosses, joined until they have as many words.
-Every eighth passage is held out to measure fidelity on, whatever the seed: it is never fitted.
+A refit on in-domain text alone forgets other text, so a part of what is fitted is general: `mixture` of the tokens, which
+is what a least-squares fit weighs. Passages are mixed in as they are, one to six glosses each: text longer than the
+caller's keeps the later positions right. Every sixteenth passage is held out to measure fidelity on, whatever the seed: it
+is never fitted.
 """
 
 from __future__ import annotations
 
 import functools
 import random
-import re
+from collections.abc import Callable, Sequence
 from importlib import resources
+from typing import TypeVar
+
+Row = TypeVar("Row")
 
 GENERAL = "general texts (WordNet glosses, shipped with tilecut)"
-HELD_OUT_EVERY = 8
-# What ends a gloss and begins the next one: `.. gloss. word: gloss`.
-_NEXT = re.compile(r'\. (?=[^.:;"()]{1,60}: )')
+HELD_OUT_EVERY = 16
 
 
 @functools.cache
@@ -26,24 +28,14 @@ def general_passages() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(line for i, line in enumerate(lines) if i % HELD_OUT_EVERY != HELD_OUT_EVERY // 2), tuple(held)
 
 
-def mixed_in(count: int, mixture: float) -> int:
-    """How many general texts make `mixture` of all texts beside `count` others."""
-    return round(count * mixture / (1 - mixture))
-
-
-def general_texts(count: int, words: float, seed: int) -> list[str]:
-    """At most `count` texts of about `words` words or one gloss, drawn at random from the passages to fit with."""
-    glosses = [gloss.rstrip(".") for passage in general_passages()[0] for gloss in _NEXT.split(passage)]
-    random.Random(seed).shuffle(glosses)
-    texts, parts, length = [], [], 0
-    for gloss in glosses:
-        if len(texts) == count:
+def mixed_in(rows: Sequence[Row], tokens: Callable[[Row], int], own: int, mixture: float, seed: int) -> list[Row]:
+    """Rows at random, until they make `mixture` of all tokens beside `own` others, or all are taken."""
+    wanted = own * mixture / (1 - mixture)
+    chosen, taken = [], 0
+    for row in random.Random(seed).sample(rows, len(rows)):
+        # The row that takes the sum farther from what is wanted is left out.
+        if taken + tokens(row) / 2 > wanted:
             break
-        # A gloss that takes a text farther from the wanted length begins the next text.
-        more = len(gloss.split())
-        if parts and length + more / 2 > words:
-            texts.append(". ".join(parts) + ".")
-            parts, length = [], 0
-        parts.append(gloss)
-        length += more
-    return texts
+        chosen.append(row)
+        taken += tokens(row)
+    return chosen

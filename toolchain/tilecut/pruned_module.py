@@ -22,12 +22,16 @@ class Outputs(dict):
             raise AttributeError(name) from e
 
 
+def _with_keys(held: Any) -> tuple[list[Any], list[str]]:
+    return [(pytree.MappingKey(k), v) for k, v in held.items()], list(held)
+
+
 # torch.export asks for this of what forward returns: a trained module can be compiled again.
 pytree.register_pytree_node(
     Outputs,
     lambda held: (list(held.values()), list(held)),
     lambda values, names: Outputs(zip(names, values, strict=True)),
-    flatten_with_keys_fn=lambda held: ([(pytree.MappingKey(k), v) for k, v in held.items()], list(held)),
+    flatten_with_keys_fn=_with_keys,
 )
 
 

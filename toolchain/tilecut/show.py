@@ -110,27 +110,25 @@ def report(console: Console, r: Mapping[str, Any]) -> None:
 
 def front(console: Console, r: Mapping[str, Any]) -> None:
     """The points of an exploration, the front and its knee marked."""
-    dense = next(p for p in r["points"] if p["name"] == "dense")
+    reached = [p for p in r["points"] if p["why"] is None]
+    dense = next(p for p in reached if p["name"] == "dense")
+    clock = "cpu_ms" if r["at"].get("threads", 1) == 1 else "wall_ms"
+    columns: dict[str, list[str]] = {
+        r["quality"]["name"]: [f"{p['quality']:.4f}" for p in reached],
+        "predicted ms": ["" if p["predicted_ms"] is None else f"{p['predicted_ms']:.2f}" for p in reached],
+        "measured ms": ["" if p["measured"] is None else f"{p['measured'][clock]:.2f}" for p in reached],
+        "MACs": [f"{p['macs'] / dense['macs']:.1%}" if dense["macs"] else "" for p in reached],
+        "parameters": [f"{p['parameters']:,}" for p in reached],
+    }
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
     table = Table(title=plain(r["title"]), title_justify="left")
-    table.add_column("")
-    for name in (r["quality"]["name"], "predicted ms", "measured ms", "MACs", "of dense", "parameters"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    clock = "cpu_ms" if r["at"]["threads"] == 1 else "wall_ms"
-    for p in r["points"]:
-        if p["why"] is not None:
-            continue
+    table.add_column("", no_wrap=True)
+    for title in columns:
+        table.add_column(title, justify="right")
+    table.add_column("", no_wrap=True)
+    for i, p in enumerate(reached):
         mark = "[bold red]knee[/]" if p["name"] == r["knee"] else "front" if p["name"] in r["front"] else ""
-        table.add_row(
-            plain(p["name"]),
-            f"{p['quality']:.4f}",
-            "" if p["predicted_ms"] is None else f"{p['predicted_ms']:.2f}",
-            "" if p["measured"] is None else f"{p['measured'][clock]:.2f}",
-            f"{p['macs']:,}",
-            f"{p['macs'] / dense['macs']:.3f}" if dense["macs"] else "",
-            f"{p['parameters']:,}",
-            mark,
-        )
+        table.add_row(plain(p["name"]), *(cells[i] for cells in columns.values()), mark)
     console.print(table)
     for p in r["points"]:
         if p["why"] is not None:
