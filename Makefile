@@ -8,7 +8,7 @@ PY := $(ENV)/bin/python
 export HF_HUB_OFFLINE := 1
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-all test-wheel lint types bench models clean
+.PHONY: demo test test-all test-wheel lint types bench bench-pruning bench-recipes bench-latency bench-language bench-memory models clean
 
 demo: $(ENV)/.demo  ## prune the real model for the edge target and show what came of it
 	$(PY) benchmarks/demo.py
@@ -41,6 +41,21 @@ types: $(ENV)/.dev
 bench: $(ENV)/.demo  ## the figures of benchmarks/RESULTS.md
 	$(PY) benchmarks/bench_minilm_edge.py
 
+bench-pruning: $(ENV)/.bench  ## accuracy at four budgets, beside Kwon et al. and Torch-Pruning; three seeds
+	$(PY) benchmarks/bench_pruning.py
+
+bench-recipes: $(ENV)/.bench  ## half the parameters by four recipes: speed and accuracy
+	$(PY) benchmarks/bench_recipes.py
+
+bench-latency: $(ENV)/.bench  ## latency budgets, asked for and measured
+	$(PY) benchmarks/bench_latency_budget.py
+
+bench-language: $(ENV)/.bench  ## perplexity of a small GPT and a small LLaMA, cut and recovered; trains them first
+	$(PY) benchmarks/bench_language_models.py
+
+bench-memory: $(ENV)/.bench  ## a checkpoint larger than the memory it is given
+	$(PY) benchmarks/bench_larger_than_memory.py
+
 models: $(ENV)/.dev  ## README's table of models
 	PYTHONPATH=tests $(PY) tests/write_models_table.py
 
@@ -49,6 +64,10 @@ clean:
 
 $(ENV)/.demo: pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install -q -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(ENV)/.bench: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install -q -c constraints.txt -e '.[bench]'
 	touch $@
 
 $(ENV)/.dev: pyproject.toml constraints.txt | $(PY)

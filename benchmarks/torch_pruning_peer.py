@@ -8,7 +8,7 @@ what its documentation does for transformers. Its attention modules keep the num
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,19 +46,25 @@ def cut(
     share: float,
     sequence: int,
     batches: list[Mapping[str, Tensor]],
-    head: tuple[Tensor, Tensor],
+    head: tuple[Tensor, Tensor] | None,
+    measure: Callable[[Any], int] | None = None,
 ) -> tuple[Any, float]:
-    """A copy of the model with about `share` of its encoder's MACs, and the share that it has."""
-    dense = encoder_macs(model, sequence)
+    """A copy of the model with about `share` of its encoder's MACs (or of what `measure` counts), and the share it has.
+
+    `head` is needed for the importance taylor alone.
+    """
+    measure = measure or (lambda one: encoder_macs(one, sequence))
+    dense = measure(model)
     low, high = 0.0, 0.95
     best: tuple[Any, float] | None = None
     trained = copy.deepcopy(model)
     if importance == "taylor":
+        assert head is not None
         taylor_gradients(trained, batches, head)
     for _ in range(9):
         ratio = (low + high) / 2
         pruned = _cut_at(trained, importance, ratio)
-        got = encoder_macs(pruned, sequence) / dense
+        got = measure(pruned) / dense
         if best is None or abs(got - share) < abs(best[1] - share):
             best = pruned, got
         if abs(got - share) <= TOLERANCE:

@@ -52,6 +52,14 @@ def test_explore_budgets(tmp_path):
     assert {"explore.json", "explore.png", "explore.html"} == {p.name for p in (tmp_path / "front").iterdir()}
 
 
+def test_recover_in_your_own_loop(tmp_path):
+    out = run_example("recover_in_your_own_loop.py", tmp_path)
+    before, after = (float(x) for x in out.split("relative error ")[1].split("\n")[0].split(" -> "))
+    assert after < 0.9 * before
+    assert "recover-trained passed" in out
+
+
 def test_no_example_is_left_out():
     tested = {"explore_budgets.py", "own_pass.py", "hand_written_plan.py", "run_without_torch.py"}
+    tested.add("recover_in_your_own_loop.py")
     assert {p.name for p in (ROOT / "examples").glob("*.py")} == tested

@@ -45,9 +45,12 @@ class Batch:
         return None
 
     def rows(self, value: Tensor) -> Tensor:
-        """The real positions of an activation as rows [N, last dimension]."""
+        """The real positions of an activation as rows [N, last dimension]; [N, 1] of one number each (a span's start)."""
         valid = self.valid(value)
-        return value[valid].reshape(-1, value.shape[-1]) if valid is not None else value.reshape(-1, value.shape[-1])
+        if valid is not None and value.ndim == valid.ndim:
+            return value[valid][:, None]
+        real = value[valid] if valid is not None else value
+        return real.reshape(-1, value.shape[-1] if value.ndim > 1 else 1)
 
 
 def _tensor(value: Any, where: str) -> Tensor:

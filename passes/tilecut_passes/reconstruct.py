@@ -64,7 +64,7 @@ class Reconstruct:
     dense: Graph
     batches: Sequence[Batch]
     plan: PrunePlan | None = None
-    ridge: float = 1e-2
+    ridge: float = 3e-2
     offload: Path | None = None
     progress: Callable[[int, int], None] = field(default=lambda done, of: None, compare=False)
 

@@ -20,17 +20,19 @@ _EXPORTS = {
     "compile_pruned": "tilecut.compile",
     "load": "tilecut_runtime.session",
     "PruneConfig": "tilecut.config",
+    "Recovery": "tilecut.recovery_config",
     "Artifact": "tilecut.artifact",
     "attention": "tilecut_runtime.attention",
     "TilecutError": "tilecut_runtime.errors",
 }
 
-__all__ = ["Artifact", "PruneConfig", "TilecutError", "__version__", "attention", "compile_pruned", "load"]
+__all__ = ["Artifact", "PruneConfig", "Recovery", "TilecutError", "__version__", "attention", "compile_pruned", "load"]
 
 if TYPE_CHECKING:
     from tilecut.artifact import Artifact
     from tilecut.compile import compile_pruned
     from tilecut.config import PruneConfig
+    from tilecut.recovery_config import Recovery
     from tilecut_runtime.attention import attention
     from tilecut_runtime.errors import TilecutError
     from tilecut_runtime.session import load

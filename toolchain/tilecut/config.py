@@ -65,14 +65,14 @@ class PruneConfig(Settings):
     )
     importance: str = Field(default="obs", description="the order in which units go, for method='table'")
     outputs: tuple[str, ...] | None = Field(
-        default=None, description="outputs that count when a cost table is measured; None: every floating one"
+        default=None, description="outputs that count in the cost table and in recovery; None: every floating one"
     )
     reconstruct: bool = Field(default=True, description="refit weights in closed form; method='fisher' tunes its masks instead")
     finetune: Recovery | None = Field(
         default=None, description="training after the cut, label-free or with labels; None: closed-form repair alone"
     )
     mixture: float = Field(
-        default=0.25, ge=0, lt=1, description="fraction of the calibration texts that is general text, shipped with tilecut"
+        default=0.2, ge=0, lt=1, description="fraction of the calibration tokens that is of the general text tilecut ships"
     )
     cache: str | None = Field(
         default=None, description="folder of cost tables; None: TILECUT_CACHE, else ~/.cache/tilecut; '' keeps none"

@@ -106,6 +106,7 @@ def _recover(made: Prepared, config: PruneConfig, cut: CutModel, plan: PrunePlan
             config.seed,
             progress.step,
             as_cut(made.dense, plan),
+            config.outputs,
         )
     cut.recovery.append(report.as_json())
     cut.notes += report.notes

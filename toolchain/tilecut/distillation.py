@@ -122,7 +122,7 @@ class Distillation:
         return task_loss(got, part.labels.to(self.device)) * (counted / of)
 
     def _distance(self, name: str, want: Tensor, got: Tensor, part: Batch, whole: Batch) -> Tensor:
-        x, y = _rows(want, part).float(), _rows(got, part).float()
+        x, y = part.rows(want).float(), part.rows(got).float()
         count = _positions(want, part, whole)
         if name not in self.median:
             t = self.config.temperature
@@ -142,7 +142,7 @@ class Distillation:
                 if value.shape != got[name].shape or not value.is_floating_point() or value.ndim == 0:
                     differ.add(name)
                 else:
-                    squares.setdefault(name, []).append(_rows(value, batch).float().square().sum(-1))
+                    squares.setdefault(name, []).append(batch.rows(value).float().square().sum(-1))
                     logits = logits or _is_logits(name, value)
         caches = {*self.teacher.states.values()}
         for name, found in squares.items():
@@ -226,16 +226,6 @@ def _label(node: str) -> str:
 
 def _is_logits(name: str, value: Tensor) -> bool:
     return name == LOGITS and value.ndim in (2, 3) and value.shape[-1] > 1
-
-
-def _rows(value: Tensor, batch: Batch) -> Tensor:
-    """The real positions as rows; where there is one value for each, such as a span's start, it is a row of one."""
-    valid = batch.valid(value)
-    if valid is not None and value.ndim == valid.ndim:
-        return value[valid.to(value.device)][:, None]
-    if valid is not None:
-        value = value[valid.to(value.device)]
-    return value.reshape(-1, value.shape[-1] if value.ndim > 1 else 1)
 
 
 def _positions(value: Tensor, part: Batch, whole: Batch) -> float:
