@@ -1,6 +1,7 @@
 """The search against brute force, and its refusals."""
 
 import itertools
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -122,3 +123,20 @@ def test_groups_that_share_no_size_cannot_be_alike():
     groups = [group("a", "neurons", 8), group("b", "neurons", 8)]
     with pytest.raises(ConfigError, match="a and 1 more must have equally many units"):
         search(groups, [["a"], ["b"]], {n: [0.0] * 9 for n in "ab"}, {"a": [8], "b": [4]}, [], [["a", "b"]])
+
+
+def test_layers_that_are_all_but_alike_are_no_puzzle():
+    """As in a random model ranked by magnitude: every unit loses what it costs, but for the fourth digit."""
+    noise = random.Random(0)
+    groups, curves, per_unit = [], {}, {}
+    for i in range(40):
+        g = group(f"g{i}", "neurons", 320 if i % 2 else 32)
+        per_unit[g.name] = 786_432 if i % 2 else 9_000_001
+        lost = [per_unit[g.name] * (1 + 1e-4 * noise.gauss(0, 1)) for _ in range(g.size)]
+        curves[g.name] = [sum(lost[k:]) for k in range(g.size + 1)]
+        groups.append(g)
+    budget = sum(per_unit[g.name] * g.size for g in groups) // 2
+    sizes = search(
+        groups, [[g.name] for g in groups], curves, sizes_of(groups, Lattice({})), [limit(budget, per_unit)]
+    )
+    assert 0.999 * budget <= sum(per_unit[n] * k for n, k in sizes.items()) <= budget
