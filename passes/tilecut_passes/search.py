@@ -65,7 +65,7 @@ class Lattice:
 
 
 # Of the losses that the solver's answer may exceed the best one by, and branches that it looks at.
-OPTIMALITY_GAP, MOST_NODES = 1e-4, 1000
+OPTIMALITY_GAP, MOST_NODES = 1e-3, 200
 
 Cost = Callable[[Sequence[str], Mapping[str, int]], float]
 

@@ -16,7 +16,7 @@ class Recovery(Settings):
     """
 
     epochs: int = Field(default=3, gt=0, description="passes over the calibration batches, after every cut")
-    learning_rate: float = Field(default=5e-4, gt=0, lt=1, description="AdamW's step size after the warm-up")
+    learning_rate: float = Field(default=1e-3, gt=0, lt=1, description="AdamW's step size after the warm-up")
     warmup: float = Field(default=0.1, ge=0, lt=1, description="fraction of the optimizer steps in which it rises from 0")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's, per unit of step size; not on biases and norms")
     clip: float | None = Field(default=1.0, gt=0, description="largest norm of a step's gradient; None: any")
