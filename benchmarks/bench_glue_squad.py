@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import transformers
 from datasets import Dataset, load_dataset
-from scipy import stats
 from sklearn.metrics import matthews_corrcoef
 
 from tilecut import PruneConfig, compile_pruned, load
@@ -94,7 +93,7 @@ def best_answer(begin: np.ndarray, end: np.ndarray, inside: Sequence[int], offse
     """The span of the context with the highest sum of logits."""
     scores = begin[inside][:, None] + end[inside][None, :]
     allowed = np.triu(np.ones_like(scores, dtype=bool)) & ~np.triu(np.ones_like(scores, dtype=bool), LONGEST_ANSWER)
-    first, last = np.unravel_index(np.where(allowed, scores, -np.inf).argmax(), scores.shape)
+    first, last = divmod(int(np.where(allowed, scores, -np.inf).argmax()), len(inside))
     return context[offsets[inside[first]][0] : offsets[inside[last]][1]]
 
 
@@ -108,7 +107,7 @@ def judge(examples: Sequence[Example], answers: Sequence[Any]) -> dict[str, floa
         }
     logits, labels = np.stack(answers), np.array([e["label"] for e in examples])
     if logits.shape[1] == 1:
-        return {"Pearson": float(stats.pearsonr(logits[:, 0], labels).statistic)}
+        return {"Pearson": float(np.corrcoef(logits[:, 0], labels)[0, 1])}
     guesses = logits.argmax(1)
     return {"accuracy": float((guesses == labels).mean()), "Matthews": float(matthews_corrcoef(labels, guesses))}
 
@@ -133,12 +132,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["table", "fisher"])
     options = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(options.model))
-    validation = list(read_split(options.data, "validation"))
+    validation: list[Example] = [dict(row) for row in read_split(options.data, "validation")]
     train = read_split(options.data, "train").shuffle(seed=0)
     reads = "context" in train.column_names
     kind = transformers.AutoModelForQuestionAnswering if reads else transformers.AutoModelForSequenceClassification
     model, length = kind.from_pretrained(str(options.model)).eval(), 384 if reads else 128
-    chosen = list(train.select(range(min(CALIBRATED, len(train)))))
+    chosen: list[Example] = [dict(row) for row in train.select(range(min(CALIBRATED, len(train))))]
     print("| method | MACs | seconds | " + " | ".join(judge_names(reads, model)) + " |")
     for method, keep in [("dense", 1.0), *((m, k) for m in options.methods for k in options.keep)]:
         config = None if method == "dense" else PruneConfig(sparsity=1 - keep, method=method, at={"sequence": length})

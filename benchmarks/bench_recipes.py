@@ -112,7 +112,11 @@ def main() -> None:
         sessions = {name: plain_session(path, 1) for name, (path, _) in made.items()}
         runs: dict[str, Callable[[], object]] = {n: (lambda run=run: run(arrays)) for n, run in sessions.items()}
         with counted("time the recipes", options.rounds + 10) as advance:
-            timings = time_interleaved(runs, options.rounds, 10, lambda done, of: advance(1))
+
+            def one_round(done: int, of: int) -> None:
+                advance(1)
+
+            timings = time_interleaved(runs, options.rounds, 10, one_round)
     rows = [
         {
             "recipe": name,

@@ -82,10 +82,10 @@ def _cut_at(trained: Any, importance: str, ratio: float) -> Any:
     for new, old in zip(model.parameters(), trained.parameters(), strict=True):
         new.grad = None if old.grad is None else old.grad.clone()
     layers = model.encoder.layer
-    heads = {one: layer.attention.self.num_attention_heads for layer in layers for one in _qkv(layer)}
+    heads: dict[nn.Module, int] = {one: layer.attention.self.num_attention_heads for layer in layers for one in _qkv(layer)}
     kept = [model.embeddings, model.pooler]
     kept += [d for layer in layers for d in (layer.attention.output.dense, layer.output.dense)]
-    example = {"input_ids": torch.ones(1, 8, dtype=torch.long), "attention_mask": torch.ones(1, 8, dtype=torch.long)}
+    example: Any = {"input_ids": torch.ones(1, 8, dtype=torch.long), "attention_mask": torch.ones(1, 8, dtype=torch.long)}
     by = tp.importance.GroupTaylorImportance() if importance == "taylor" else tp.importance.GroupMagnitudeImportance(p=2)
     pruner = tp.pruner.BasePruner(
         model,
