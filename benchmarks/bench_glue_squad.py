@@ -138,29 +138,23 @@ def main() -> None:
     kind = transformers.AutoModelForQuestionAnswering if reads else transformers.AutoModelForSequenceClassification
     model, length = kind.from_pretrained(str(options.model)).eval(), 384 if reads else 128
     chosen: list[Example] = [dict(row) for row in train.select(range(min(CALIBRATED, len(train))))]
-    print("| method | MACs | seconds | " + " | ".join(judge_names(reads, model)) + " |")
+    batches = []
+    for i in range(0, len(chosen), BATCH):
+        held = tokenize(tokenizer, chosen[i : i + BATCH], length)
+        held.pop("offset_mapping", None)
+        batches.append(dict(held.convert_to_tensors("pt")))
     for method, keep in [("dense", 1.0), *((m, k) for m in options.methods for k in options.keep)]:
         config = None if method == "dense" else PruneConfig(sparsity=1 - keep, method=method, at={"sequence": length})
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
-            batches = []
-            for i in range(0, len(chosen), BATCH):
-                held = tokenize(tokenizer, chosen[i : i + BATCH], length)
-                held.pop("offset_mapping", None)
-                batches.append(dict(held.convert_to_tensors("pt")))
             artifact = compile_pruned(model, "edge", None, batches, config, Path(scratch) / "out", measure=False)
             took = time.perf_counter() - start
             session = load(artifact.path)
             names = [spec.name for spec in artifact.manifest.inputs]
             figures = judge(validation, run_all(session.run, tokenizer, validation, names, length))
+        if method == "dense":
+            print("| method | MACs | seconds | " + " | ".join(figures) + " |")
         print(f"| {method} | {keep:.0%} | {took:.0f} | " + " | ".join(f"{x:.4f}" for x in figures.values()) + " |", flush=True)
-
-
-def judge_names(reads: bool, model: Any) -> list[str]:
-    """Of the measures."""
-    if reads:
-        return ["exact match", "F1"]
-    return ["Pearson"] if model.config.num_labels == 1 else ["accuracy", "Matthews"]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +77,20 @@ class Bench:
         """Ours, ready for every budget, with a table of this run's own; and the seconds that it took."""
         start = time.perf_counter()
         config = self.config(method, seed, **more)
-        data = self.paper_batches(seed) if method == "fisher" else SECTIONS
+        # Kwon et al. take 64 batches.
+        data = [batch for batch, _ in self.drawn(seed, 64)] if method == "fisher" else SECTIONS
         made = prepare(self.folder, find_target("edge"), None, data, config, None, Progress())
         return made, time.perf_counter() - start
 
-    def paper_batches(self, seed: int) -> list[dict[str, torch.Tensor]]:
-        """What Kwon et al. calibrate on: 2,048 texts of the task in 64 batches."""
-        texts = read_sections()["train"][0]
+    def drawn(self, seed: int, batches: int) -> Iterator[tuple[dict[str, torch.Tensor], np.ndarray]]:
+        """2,048 texts of the train split at random in so many batches, each with its labels."""
+        texts, labels = read_sections()["train"]
         order = np.random.default_rng(seed).permutation(len(texts))[:2048]
-        tokenize = lambda part: self.judge.tokenizer(
-            [texts[i] for i in part], truncation=True, max_length=LENGTH, padding=True, return_tensors="pt"
-        )
-        return [dict(tokenize(part)) for part in np.split(order, 64)]
+        for part in np.split(order, batches):
+            held = self.judge.tokenizer(
+                [texts[i] for i in part], truncation=True, max_length=LENGTH, padding=True, return_tensors="pt"
+            )
+            yield dict(held), labels[part]
 
     def config(self, method: str, seed: int, keep: float = 0.5, **more: Any) -> PruneConfig:
         """What is asked of tilecut."""
@@ -118,14 +120,7 @@ class Bench:
 
     def peer(self, importance: str, seed: int) -> None:
         """Torch-Pruning."""
-        texts, labels = read_sections()["train"]
-        order = np.random.default_rng(seed).permutation(len(texts))[:2048]
-        batches = []
-        for part in np.split(order, 32):
-            held = self.judge.tokenizer(
-                [texts[i] for i in part], truncation=True, max_length=LENGTH, padding=True, return_tensors="pt"
-            )
-            batches.append({**held, "labels": torch.from_numpy(labels[part])})
+        batches = [{**batch, "labels": torch.from_numpy(labels)} for batch, labels in self.drawn(seed, 32)]
         weight, bias = (torch.from_numpy(x).float() for x in (self.judge.head.coef_, self.judge.head.intercept_))
         for keep in KEEP:
             start = time.perf_counter()

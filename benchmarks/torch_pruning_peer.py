@@ -45,7 +45,7 @@ def cut(
     importance: str,
     share: float,
     sequence: int,
-    batches: list[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Tensor]],
     head: tuple[Tensor, Tensor] | None,
     measure: Callable[[Any], int] | None = None,
 ) -> tuple[Any, float]:

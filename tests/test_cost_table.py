@@ -8,7 +8,7 @@ from torch import nn
 from checks import bert_graph, groups_of, mlp_graph, randomise, text_batch
 from tilecut_passes.calibration import Batch, check_batches
 from tilecut_passes.capture import capture
-from tilecut_passes.cost_table import RIDGE, count_positions, curves, grid, measure_rows, table_batches
+from tilecut_passes.cost_table import RIDGE, curves, grid, measure_rows, table_batches
 from tilecut_passes.dense_layer import dense_layer
 from tilecut_passes.layer_statistics import collect_statistics
 from tilecut_passes.mask import Mask
@@ -186,7 +186,7 @@ def test_the_grid_holds_the_ends_and_not_the_dense_size(count):
 def test_batches_are_spread_and_labelled_ones_preferred():
     graph = bert_graph()
     rows = [Batch({"input_ids": torch.zeros(50, 40, dtype=torch.long)}) for _ in range(10)]
-    assert count_positions(rows[0]) == 2000
+    assert rows[0].positions == 2000
     assert table_batches(graph, rows, graph.outputs) == [rows[i] for i in (1, 5, 8)]
     labelled = [Batch(rows[0].inputs, torch.zeros(50, dtype=torch.long))]
     assert table_batches(graph, rows + labelled, graph.outputs) == labelled

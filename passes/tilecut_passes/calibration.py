@@ -33,6 +33,14 @@ class Batch:
         named = {k: v for k, v in self.inputs.items() if "mask" in k and v.ndim == 2 and not v.is_floating_point()}
         return named.get("attention_mask", next(iter(named.values())) if len(named) == 1 else None)
 
+    @property
+    def positions(self) -> int:
+        """Real positions: of the mask, else of the first integer input [B, S], else rows."""
+        if self.mask is not None:
+            return int((self.mask != 0).sum())
+        ids = [t for t in self.inputs.values() if t.ndim == 2 and not t.is_floating_point()]
+        return ids[0].numel() if ids else next(iter(self.inputs.values())).shape[0]
+
     def valid(self, like: Tensor) -> Tensor | None:
         """Bool over the leading dimensions of `like` that are [batch, sequence]: True for real positions; or None."""
         mask = self.mask

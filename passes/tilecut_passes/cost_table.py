@@ -64,17 +64,9 @@ def table_batches(graph: Graph, batches: Sequence[Batch], outputs: Sequence[str]
     widths = [s.shape[-1] for s in graph.output_specs() if s.name in set(outputs) and s.shape]
     width = sum(w for w in widths if isinstance(w, int))
     positions = min(POSITIONS, max(NUMBERS // max(width, 1), 1))
-    held = sum(map(count_positions, chosen))
+    held = sum(batch.positions for batch in chosen)
     count = max(min(len(chosen), round(len(chosen) * positions / max(held, 1))), 1)
     return [chosen[int((i + 0.5) * len(chosen) / count)] for i in range(count)]
-
-
-def count_positions(batch: Batch) -> int:
-    """Real positions of a batch: of its mask, else of its first integer input [B, S], else its rows."""
-    if batch.mask is not None:
-        return int(batch.mask.sum())
-    ids = [t for t in batch.inputs.values() if t.ndim == 2 and not t.is_floating_point()]
-    return ids[0].numel() if ids else next(iter(batch.inputs.values())).shape[0]
 
 
 def measure_rows(

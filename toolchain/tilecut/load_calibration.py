@@ -60,8 +60,8 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
-        """Real positions (ids, or rows of other inputs, where there is no mask) in the batches to fit with."""
-        return sum(_tokens(batch) for batch in self.fit)
+        """Real positions in the batches to fit with."""
+        return sum(batch.positions for batch in self.fit)
 
     @property
     def scoring(self) -> list[Batch]:
@@ -189,10 +189,3 @@ def hold_out(rows: Sequence[Row], graph: Graph, seed: int) -> tuple[list[Row], l
 def _key(row: Row, graph: Graph) -> bytes:
     """What makes two rows the same: their first input."""
     return b"".join(np.asarray(row[name]).tobytes() for name in graph.inputs[:1] if name in row)
-
-
-def _tokens(batch: Batch) -> int:
-    if batch.mask is not None:
-        return int((batch.mask != 0).sum())
-    ids = batch.inputs.get("input_ids")
-    return ids.numel() if ids is not None else next(iter(batch.inputs.values())).shape[0]
