@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from tilecut.mix_texts import MIXTURE
 from tilecut.recovery_config import Recovery
 from tilecut.settings import Settings
 from tilecut_passes.score import IMPORTANCES
@@ -72,7 +73,7 @@ class PruneConfig(Settings):
         default=None, description="training after the cut, label-free or with labels; None: closed-form repair alone"
     )
     mixture: float = Field(
-        default=0.2, ge=0, lt=1, description="fraction of the calibration tokens that is of the general text tilecut ships"
+        default=MIXTURE, ge=0, lt=1, description="fraction of the calibration tokens that is of the general text tilecut ships"
     )
     cache: str | None = Field(
         default=None, description="folder of cost tables; None: TILECUT_CACHE, else ~/.cache/tilecut; '' keeps none"

@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 
 from tilecut.batch_rows import Row, batch_rows
-from tilecut.mix_texts import GENERAL, general_passages, mixed_in
+from tilecut.mix_texts import GENERAL, MIXTURE, general_passages, mixed_in
 from tilecut.read_rows import MAX_ROWS, Rows, read_rows
 from tilecut.read_texts import read_texts
 from tilecut.tokenize_texts import Tokenizer, load_tokenizer, tokenizer_folder, why_no_text
@@ -36,7 +36,6 @@ HELD_OUT = 0.1
 # Fewer rows, or batches, than these leave nothing to hold out.
 HOLD_OUT_FROM_ROWS, HOLD_OUT_FROM_BATCHES = 20, 8
 TOO_FEW = "too few to hold any out"
-MIXTURE = 0.25
 # Text of which more than this is unknown to the tokenizer is none that the model was made for.
 MAX_UNKNOWN = 0.2
 

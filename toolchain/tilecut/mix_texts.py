@@ -18,6 +18,8 @@ Row = TypeVar("Row")
 
 GENERAL = "general texts (WordNet glosses, shipped with tilecut)"
 HELD_OUT_EVERY = 16
+# Fraction of the fitted tokens that is general text, unless the caller says otherwise.
+MIXTURE = 0.2
 
 
 @functools.cache
