@@ -73,10 +73,10 @@ class Bench:
         self.rows.append(row)
         console.print_json(json.dumps(row), indent=None)
 
-    def prepared(self, method: str, seed: int, **more: Any) -> tuple[Prepared, float]:
+    def prepared(self, method: str, seed: int) -> tuple[Prepared, float]:
         """Ours, ready for every budget, with a table of this run's own; and the seconds that it took."""
         start = time.perf_counter()
-        config = self.config(method, seed, **more)
+        config = self.config(method, seed)
         # Kwon et al. take 64 batches.
         data = [batch for batch, _ in self.drawn(seed, 64)] if method == "fisher" else SECTIONS
         made = prepare(self.folder, find_target("edge"), None, data, config, None, Progress())
@@ -92,24 +92,23 @@ class Bench:
             )
             yield dict(held), labels[part]
 
-    def config(self, method: str, seed: int, keep: float = 0.5, **more: Any) -> PruneConfig:
+    def config(self, method: str, seed: int, keep: float = 0.5, recovery: Recovery | None = None) -> PruneConfig:
         """What is asked of tilecut."""
         # What a sentence encoder is used for; the pooler's output is not.
         used = ("last_hidden_state",)
         # Nothing but the task's own text, as in the paper: general text beside it costs its method much.
-        more |= {"mixture": 0.0} if method == "fisher" else {}
+        more = {"mixture": 0.0} if method == "fisher" else {}
+        cache = str(self.scratch)
         return PruneConfig(
-            sparsity=1 - keep, method=method, outputs=used, seed=seed, cache=str(self.scratch), **more
+            sparsity=1 - keep, method=method, outputs=used, seed=seed, cache=cache, finetune=recovery, **more
         )
 
-    def ours(
-        self, method: str, seed: int, budgets: Sequence[float], recovery: Recovery | None = None, **more: Any
-    ) -> None:
+    def ours(self, method: str, seed: int, budgets: Sequence[float], recovery: Recovery | None = None) -> None:
         """Every budget from one table."""
-        made, table = self.prepared(method, seed, **more)
+        made, table = self.prepared(method, seed)
         for keep in budgets:
             start = time.perf_counter()
-            cut = cut_model(made, self.config(method, seed, keep, finetune=recovery, **more), Progress())
+            cut = cut_model(made, self.config(method, seed, keep, recovery), Progress())
             macs = cut.choice.macs()
             name = f"{method} + {recovery.epochs} epochs" if recovery else method
             seconds = {"prepare": round(table, 1), "budget": round(time.perf_counter() - start, 1)}
@@ -207,8 +206,7 @@ def main() -> None:
             "obs": lambda seed: bench.ours("obs", seed, KEEP),
             "torch-pruning": lambda seed: bench.peer("taylor", seed),
             "torch-pruning-magnitude": lambda seed: bench.peer("magnitude", seed),
-            # Less general text than by default: it is trained for one domain.
-            "recovery": lambda seed: bench.ours("table", seed, (0.25,), Recovery(epochs=3), mixture=0.1),
+            "recovery": lambda seed: bench.ours("table", seed, (0.25,), Recovery(epochs=3)),
         }
         dense = bench.judge.scores(None, SILENT)
         for seed in seeds:

@@ -17,7 +17,7 @@ import tilecut_runtime
 import tilecut_targets
 from checks import ROOT, groups_of
 from launched_recovery import made
-from tilecut.recover import learning_rate, recover, shares
+from tilecut.recover import learning_rate, recover, shares, training_batches
 from tilecut.recovery_config import Recovery
 from tilecut_passes.calibration import Batch, check_batches
 from tilecut_passes.capture import capture
@@ -88,7 +88,7 @@ def test_accumulating_is_a_larger_batch(task):
     whole = [Batch({k: torch.ones_like(v) if "mask" in k else v for k, v in b.inputs.items()}) for b in fit[:4]]
     joined = [Batch({k: torch.cat([b.inputs[k] for b in whole]) for k in whole[0].inputs})]
     # Plain sums of gradients differ in their last bits, and AdamW's first step is their sign.
-    config = Recovery(epochs=1, learning_rate=1e-3, warmup=0, accumulate=4)
+    config = Recovery(epochs=1, learning_rate=1e-3, warmup=0, accumulate=4, batch_rows=None)
     parts, once = trained((dense, whole, held_out), config)[1], trained((dense, joined, held_out), config)[1]
     assert parts.steps == once.steps == 1
     assert parts.training_loss[0] == pytest.approx(once.training_loss[0], rel=1e-5)
@@ -248,6 +248,22 @@ def test_shares_are_of_batches_where_that_is_even_else_of_rows(task, monkeypatch
         # A single row stays whole.
         one = [Batch({k: v[:1] for k, v in b.inputs.items()}) for b in fit[:3]]
         assert [id(part) for part, _ in shares(dense, one)] == [id(b) for b in one[rank::2]]
+
+
+def test_batches_to_train_on_have_at_most_so_many_rows_and_lose_none(task):
+    dense, fit, _ = task
+    rows = [row for b in fit for row in b.inputs["input_ids"].tolist()]
+    parts = training_batches(dense, fit, 3)
+    assert max(len(b.labels) for b in parts) <= 3 < max(len(b.labels) for b in fit)
+    assert sorted(row for b in parts for row in b.inputs["input_ids"].tolist()) == sorted(rows)
+    assert training_batches(dense, fit, None) == list(fit)
+    assert [id(b) for b in training_batches(dense, fit, 100)] == [id(b) for b in fit]
+
+
+def test_smaller_batches_are_more_steps(task):
+    _, fit, _ = task
+    count = sum(-(-len(b.labels) // 2) for b in fit)
+    assert trained(task, Recovery(epochs=1, batch_rows=2))[1].steps == count
 
 
 def test_two_processes_do_what_one_does(tmp_path):

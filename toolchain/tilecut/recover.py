@@ -5,8 +5,9 @@ the held-out batches, under the same names; where training made nothing better, 
 graph and the caller's model, with which an uncut tensor is shared until here; buffers, such as a batch norm's
 statistics; parameters that do not require gradients.
 
-AdamW (Loshchilov and Hutter, 1711.05101), a linear warm-up, then a cosine to 0. An optimizer step covers `accumulate`
-batches, in an order that the seed gives, however many processes share them: they take whole batches where that comes
+AdamW (Loshchilov and Hutter, 1711.05101), a linear warm-up, then a cosine to 0. Calibration batches of more than
+`batch_rows` rows are split: few passes over few data need many small steps. An optimizer step covers `accumulate` of
+those, in an order that the seed gives, however many processes share them: they take whole batches where that comes
 out even, else rows of each batch. So n processes do what one does, up to the order of addition.
 """
 
@@ -110,12 +111,13 @@ class _Run:
         seed: int,
         path: Path | None,
     ):
-        self.task, self.fit, self.held_out, self.config, self.seed, self.path = task, fit, held_out, config, seed, path
+        self.task, self.held_out, self.config, self.seed, self.path = task, held_out, config, seed, path
+        self.fit = training_batches(task.student, fit, config.batch_rows)
         self.parameters = task.parameters()
         if not self.parameters:
             raise ConfigError("recover", "no parameter requires gradients", fix="call model.requires_grad_(True)")
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.per_epoch = math.ceil(len(fit) / config.accumulate)
+        self.per_epoch = math.ceil(len(self.fit) / config.accumulate)
         self.steps = self.per_epoch * config.epochs
         self.optimizer = _optimizer(self.parameters, config)
         self.report = RecoveryReport(self.steps, process()[1], task.compared, len(task.hidden))
@@ -252,17 +254,29 @@ def shares(graph: Graph, batches: Sequence[Batch]) -> list[tuple[Batch, Batch]]:
     rank, count = process()
     if len(batches) % count == 0:
         return [(b, b) for b in batches[rank::count]]
-    rows = graph.row_sizes()
-    split = []
-    for batch in batches:
-        sizes = {t.shape[0] if t.ndim else 0 for t in batch.inputs.values()}
-        # Rows that cannot be told apart stay together: correct, and no faster than one process.
-        if len(rows) != 1 or len(sizes) != 1 or min(sizes) < count:
-            return [(b, b) for b in batches[rank::count]]
-        part = slice(rank, None, count)
-        labels = batch.labels[part] if batch.labels is not None else None
-        split.append((Batch({k: v[part] for k, v in batch.inputs.items()}, labels), batch))
-    return split
+    parts = [rows_dealt(graph, batch, count) for batch in batches]
+    # Rows that cannot be told apart stay together: correct, and no faster than one process.
+    if any(len(part) != count for part in parts):
+        return [(b, b) for b in batches[rank::count]]
+    return [(part[rank], batch) for part, batch in zip(parts, batches, strict=True)]
+
+
+def rows_dealt(graph: Graph, batch: Batch, count: int) -> list[Batch]:
+    """A batch's rows dealt into `count` batches; the batch itself where its rows cannot be told apart, or are fewer."""
+    sizes = {t.shape[0] if t.ndim else 0 for t in batch.inputs.values()}
+    if count < 2 or len(graph.row_sizes()) != 1 or len(sizes) != 1 or min(sizes) < count:
+        return [batch]
+    hands = [slice(i, None, count) for i in range(count)]
+    labels = batch.labels
+    return [Batch({k: v[at] for k, v in batch.inputs.items()}, labels[at] if labels is not None else None) for at in hands]
+
+
+def training_batches(graph: Graph, batches: Sequence[Batch], rows: int | None) -> list[Batch]:
+    """The batches to train on, of at most so many rows; None: as they are."""
+    if rows is None:
+        return list(batches)
+    size = lambda batch: max((t.shape[0] for t in batch.inputs.values() if t.ndim), default=1)
+    return [part for b in batches for part in rows_dealt(graph, b, math.ceil(size(b) / rows))]
 
 
 def _optimizer(parameters: dict[str, nn.Parameter], config: Recovery) -> torch.optim.AdamW:

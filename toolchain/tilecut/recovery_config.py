@@ -20,7 +20,10 @@ class Recovery(Settings):
     warmup: float = Field(default=0.1, ge=0, lt=1, description="fraction of the optimizer steps in which it rises from 0")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's, per unit of step size; not on biases and norms")
     clip: float | None = Field(default=1.0, gt=0, description="largest norm of a step's gradient; None: any")
-    accumulate: int = Field(default=1, gt=0, description="calibration batches an optimizer step, over all processes together")
+    batch_rows: int | None = Field(
+        default=16, gt=0, description="rows of a training batch: calibration batches of more are split; None: as they are"
+    )
+    accumulate: int = Field(default=1, gt=0, description="training batches an optimizer step, over all processes together")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="bf16: products in bfloat16 (autocast); weights, sums and losses stay float32"
     )
