@@ -190,7 +190,7 @@ def _backward(
         of_q, of_grad, of_out = (_heads_first(x, rows) for x in (q, grad, out))
         of_k, of_v = _heads_first(k, keys), _heads_first(v, keys)
         found = naive_attention.backward(of_grad, of_q, of_k, of_v, of_out, lse[None, :, rows], masks, options)
-        for whole, part, place in zip((dq, dk, dv), found, (rows, keys, keys)):
+        for whole, part, place in zip((dq, dk, dv), found[:3], (rows, keys, keys)):
             whole[place] = part[0].transpose(0, 1)
     return dq, dk, dv
 
