@@ -234,7 +234,8 @@ def test_opcheck(op, transposed):
         masks = (padding, bias, slopes, SEED)
         out, lse = torch.ops.tilecut.attention_forward(q, k, v, *masks, **capped)
         given = (torch.randn_like(out), q, k, v, out, lse, *masks)
-        torch.library.opcheck(torch.ops.tilecut.attention_backward, given, capped)
+        for bias_grad in (True, False):
+            torch.library.opcheck(torch.ops.tilecut.attention_backward, given, {**capped, "bias_grad": bias_grad})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -321,11 +322,11 @@ def test_cuda_tensors_go_to_the_launcher(monkeypatch):
         masks = (options.pop(name) for name in ("key_padding", "bias", "alibi_slopes", "dropout_seed"))
         return torch.ops.tilecut.attention_forward(q, k, v, *masks, **options)
 
-    def backward(grad, q, k, v, out, lse, *, max_q, max_k, **options):
+    def backward(grad, q, k, v, out, lse, *, max_q, max_k, need_dbias, **options):
         assert grad.stride(-1) == out.stride(-1) == 1 and lse.shape == q.shape[:3]
         masks = [options.pop(name) for name in ("key_padding", "bias", "alibi_slopes", "dropout_seed")]
-        grads = torch.ops.tilecut.attention_backward(grad, q, k, v, out, lse, *masks, **options)
-        return *grads[:3], None if masks[1] is None else grads[3]
+        grads = torch.ops.tilecut.attention_backward(grad, q, k, v, out, lse, *masks, **options, bias_grad=need_dbias)
+        return *grads[:3], grads[3] if need_dbias else None
 
     launcher = types.SimpleNamespace(forward=forward, backward=backward)
     monkeypatch.setitem(sys.modules, "tilecut_runtime.launch_attention", launcher)
@@ -337,9 +338,12 @@ def test_cuda_tensors_go_to_the_launcher(monkeypatch):
     assert torch.equal(out, want) and torch.equal(lse, want_lse)
     assert (given["max_q"], given["max_k"], given["causal"], given["window"]) == (5, 7, "bottom_right", [3, -1])
     grad = torch.ones(()).expand(out.shape)
-    found = attention_module._backward_cuda(grad, q, k, v, out, lse, *masks, **options)
-    wanted = torch.ops.tilecut.attention_backward(grad, q, k, v, out, lse, *masks, **options)
-    assert all(torch.equal(x, y) for x, y in zip(found, wanted)) and found[3].shape == (1, 4, 5, 7)
+    for bias_grad in (True, False):
+        options["bias_grad"] = bias_grad
+        found = attention_module._backward_cuda(grad, q, k, v, out, lse, *masks, **options)
+        wanted = torch.ops.tilecut.attention_backward(grad, q, k, v, out, lse, *masks, **options)
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted))
+        assert found[3].shape == ((1, 4, 5, 7) if bias_grad else (0,))
 
 
 @pytest.mark.parametrize("op", ["attention", "attention_forward", "attention_backward"])
@@ -429,3 +433,5 @@ def test_what_only_the_kernels_refuse(dtype, d, e, message):
         check_dense(OnCuda(q), OnCuda(k), OnCuda(v), None, None, None, **options)
     q, k, v = (OnCuda(x) for x in operands(d=24, e=256, dtype=torch.bfloat16))
     check_dense(q, k, v, None, None, None, **options)
+    with pytest.raises(InputError, match="the kernels have no such dtype of bias; got torch.float64"):
+        check_dense(q, k, v, None, OnCuda(torch.zeros(1, 1, 1, 1, dtype=torch.float64)), None, **options)

@@ -320,8 +320,10 @@ def int32(*values):
             {"block_offsets": int32(0, 2)[None]},
             "block_offsets does not fit the sequences.*wanted 3 columns: 2 query blocks",
         ),
-        ({"block_offsets": int32(0, 2, 1)[None]}, "block_offsets must rise within block_indices"),
-        ({"block_offsets": int32(0, 1, 3)[None]}, "block_offsets must rise within block_indices.*wanted 0 to 2"),
+        ({"block_offsets": int32(0, 2, 1)[None]}, "block_offsets must rise through block_indices"),
+        ({"block_offsets": int32(0, 1, 3)[None]}, "block_offsets must rise through block_indices.*wanted 0 to 2"),
+        ({"block_offsets": int32(0, 1, 1)[None]}, "block_offsets must rise through block_indices"),
+        ({"block_offsets": int32(0, 0, 1).expand(4, 3)}, "each head from where the last one ended"),
         (
             {"block_indices": int32(0, 1)},
             "a KV block of query block 1 is outside of its sequence; got 1; wanted 0 to 0",

@@ -120,6 +120,16 @@ def last_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """A small tensor as the kernels read it."""
+    return None if x is None else x.contiguous()
+
+
+def wide(x: Tensor | None) -> Tensor | None:
+    """Slopes as the kernels read them."""
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
 def _masks(k, key_padding, bias, alibi_slopes, dropout_seed) -> naive_attention.Masks:
     return naive_attention.Masks(key_padding, bias, alibi_slopes, None, dropout_seed, max_k=k.shape[2])
 
@@ -156,9 +166,9 @@ def _forward_cuda(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **opti
         *last_contiguous(q, k, v),
         max_q=q.shape[2],
         max_k=k.shape[2],
-        key_padding=key_padding,
+        key_padding=contiguous(key_padding),
         bias=bias,
-        alibi_slopes=alibi_slopes,
+        alibi_slopes=wide(alibi_slopes),
         dropout_seed=dropout_seed,
         **options,
     )
@@ -190,15 +200,16 @@ def _backward(
     global_tokens: int,
     softcap: float,
     dropout_p: float,
+    bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the bias; the last is empty where there is no bias."""
+    """Gradients of q, k, v and the bias; the last is empty unless `bias_grad` asks for it."""
     masks = _masks(k, key_padding, bias, alibi_slopes, dropout_seed)
     options = naive_attention.Options(scale, causal, window, global_tokens, softcap, dropout_p)
-    return _contiguous(q, *naive_attention.backward(grad, q, k, v, out, lse, masks, options))
+    return _contiguous(q, *naive_attention.backward(grad, q, k, v, out, lse, masks, options, bias_grad))
 
 
 @_backward.register_kernel("cuda")
-def _backward_cuda(grad, q, k, v, out, lse, key_padding, bias, alibi_slopes, dropout_seed, **options):
+def _backward_cuda(grad, q, k, v, out, lse, key_padding, bias, alibi_slopes, dropout_seed, *, bias_grad, **options):
     # Imports triton.
     from tilecut_runtime.launch_attention import backward as launch
 
@@ -207,18 +218,19 @@ def _backward_cuda(grad, q, k, v, out, lse, key_padding, bias, alibi_slopes, dro
         lse,
         max_q=q.shape[2],
         max_k=k.shape[2],
-        key_padding=key_padding,
+        key_padding=contiguous(key_padding),
         bias=bias,
-        alibi_slopes=alibi_slopes,
+        alibi_slopes=wide(alibi_slopes),
         dropout_seed=dropout_seed,
+        need_dbias=bias_grad,
         **options,
     )
     return _contiguous(q, *grads)
 
 
 @_backward.register_fake
-def _(grad, q, k, v, out, lse, key_padding, bias, alibi_slopes, dropout_seed, **options):
-    return tuple(x.new_empty(x.shape) if x is not None else q.new_empty(0) for x in (q, k, v, bias))
+def _(grad, q, k, v, out, lse, key_padding, bias, alibi_slopes, dropout_seed, *, bias_grad, **options):
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, bias if bias_grad else None))
 
 
 def _contiguous(q: Tensor, *grads: Tensor | None) -> Any:
@@ -244,7 +256,7 @@ class _Differentiable(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             refuse_slopes("tilecut.attention")
         dq, dk, dv, d_bias = torch.ops.tilecut.attention_backward(
-            grads[0].contiguous(), *ctx.saved_tensors, **ctx.options
+            grads[0].contiguous(), *ctx.saved_tensors, **ctx.options, bias_grad=ctx.needs_input_grad[4]
         )
         return dq, dk, dv, None, d_bias if ctx.needs_input_grad[4] else None, None, None, None
 

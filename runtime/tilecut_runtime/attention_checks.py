@@ -68,6 +68,10 @@ def check_dense(
         if not bias.is_floating_point():
             fix = "a boolean mask as a bias is torch.where(mask, 0.0, -inf)"
             raise InputError(where, "bias must be floating point", got=bias.dtype, fix=fix)
+        if q.device.type == "cuda" and bias.dtype not in CUDA_DTYPES:
+            raise InputError(
+                where, "the kernels have no such dtype of bias", got=bias.dtype, wanted="float16, bfloat16, float32"
+            )
     _check_slopes(where, q, alibi_slopes)
     _check_devices(where, q, key_padding=key_padding, bias=bias)
     _check_options(where, q, causal, window, global_tokens, softcap, dropout_p, dropout_seed)
@@ -202,10 +206,13 @@ def _check_blocks(offsets: Tensor, indices: Tensor, q_blocks: list[int], k_block
             got=list(offsets.shape),
             wanted=f"{sum(q_blocks) + 1} columns: {sum(q_blocks)} query blocks of {BLOCK}, and the end",
         )
-    counts = offsets.diff(dim=1)
-    if (counts < 0).any() or (offsets < 0).any() or (offsets > len(indices)).any():
+    counts, ends = offsets.diff(dim=1), [0, *offsets[:, -1].tolist()]
+    if (counts < 0).any() or offsets[:, 0].tolist() != ends[:-1] or ends[-1] != len(indices):
         raise InputError(
-            where, "block_offsets must rise within block_indices", got=offsets.tolist(), wanted=f"0 to {len(indices)}"
+            where,
+            "block_offsets must rise through block_indices, each head from where the last one ended",
+            got=offsets.tolist(),
+            wanted=f"0 to {len(indices)}",
         )
     limits = torch.repeat_interleave(torch.tensor(k_blocks), torch.tensor(q_blocks))
     for first, row in zip(offsets[:, 0].tolist(), counts):

@@ -9,6 +9,8 @@ within their own, and a pair is visible only if its KV block is listed for its q
     block_indices[block_offsets[h, b] : block_offsets[h, b + 1]]    the KV blocks of query block b, rising; h is 0 where
                                                                     block_offsets has one row for all heads
 
+The lists lie one after another, those of head 0 first, and fill block_indices.
+
 CPU tensors run a loop over the sequences that calls the twin of `tilecut::attention`; CUDA tensors run the Triton
 kernels of `launch_attention`; other devices have no implementation, and torch says so.
 """
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tilecut_runtime import naive_attention
-from tilecut_runtime.attention import autocast, draw_seed, last_contiguous, refuse_slopes
+from tilecut_runtime.attention import autocast, contiguous, draw_seed, last_contiguous, refuse_slopes, wide
 from tilecut_runtime.attention_checks import BLOCK, check_packed, check_packed_values
 
 
@@ -139,13 +141,13 @@ def _forward_cuda(
 
     out, lse = launch(
         *last_contiguous(q, k, v),
-        cu_q=cu_seqlens_q,
-        cu_k=cu_seqlens_k,
+        cu_q=cu_seqlens_q.contiguous(),
+        cu_k=cu_seqlens_k.contiguous(),
         max_q=max_q,
         max_k=max_k,
-        alibi_slopes=alibi_slopes,
-        block_offsets=block_offsets,
-        block_indices=block_indices,
+        alibi_slopes=wide(alibi_slopes),
+        block_offsets=contiguous(block_offsets),
+        block_indices=contiguous(block_indices),
         dropout_seed=dropout_seed,
         **kw,
     )
@@ -210,11 +212,11 @@ def _backward_cuda(
         v,
         out,
         lse,
-        cu_q=cu_seqlens_q,
-        cu_k=cu_seqlens_k,
-        alibi_slopes=alibi_slopes,
-        block_offsets=block_offsets,
-        block_indices=block_indices,
+        cu_q=cu_seqlens_q.contiguous(),
+        cu_k=cu_seqlens_k.contiguous(),
+        alibi_slopes=wide(alibi_slopes),
+        block_offsets=contiguous(block_offsets),
+        block_indices=contiguous(block_indices),
         dropout_seed=dropout_seed,
         **options,
     )

@@ -55,9 +55,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, options: Options) -> 
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, masks: Masks, options: Options
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    masks: Masks,
+    options: Options,
+    bias_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and of the bias, where there is one, in their dtypes."""
+    """Gradients of q, k, v and, where it is asked for, of the bias, in their dtypes."""
     scores, capped = _scores(q, k, masks, options)
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     grad = grad.to(weights.dtype)
@@ -70,7 +78,9 @@ def backward(
     d_values = dropped.transpose(-1, -2) @ grad
     # rowsum(dP * P) = rowsum(dO * O)
     d_scores = weights * (d_weights - (grad * out.to(weights.dtype)).sum(-1, keepdim=True))
-    d_bias = None if masks.bias is None else d_scores.sum_to_size(masks.bias.shape).to(masks.bias.dtype)
+    d_bias = None
+    if bias_grad and masks.bias is not None:
+        d_bias = d_scores.sum_to_size(masks.bias.shape).to(masks.bias.dtype)
     if capped is not None:
         d_scores = d_scores * (1 - capped * capped)
     d_scores = d_scores * options.scale
