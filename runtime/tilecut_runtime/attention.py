@@ -134,8 +134,7 @@ def _masks(k, key_padding, bias, alibi_slopes, dropout_seed) -> naive_attention.
     return naive_attention.Masks(key_padding, bias, alibi_slopes, None, dropout_seed, max_k=k.shape[2])
 
 
-@torch.library.custom_op("tilecut::attention_forward", mutates_args=(), device_types="cpu")
-def _forward(
+def _forward_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -156,7 +155,6 @@ def _forward(
     return naive_attention.forward(q, k, v, _masks(k, key_padding, bias, alibi_slopes, dropout_seed), options)
 
 
-@_forward.register_kernel("cuda")
 def _forward_cuda(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **options):
     check_dense(q, k, v, key_padding, bias, alibi_slopes, **options, dropout_seed=dropout_seed)
     # Imports triton.
@@ -173,6 +171,10 @@ def _forward_cuda(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **opti
         **options,
     )
     return out.contiguous(), lse.contiguous()
+
+
+_forward = torch.library.custom_op("tilecut::attention_forward", _forward_cpu, mutates_args=(), device_types="cpu")
+_forward.register_kernel("cuda", _forward_cuda)
 
 
 @_forward.register_fake
@@ -275,8 +277,12 @@ def _attention_autograd(q, k, v, key_padding, bias, alibi_slopes, *, dropout_see
         return torch.ops.tilecut.attention(*given, **options, dropout_seed=dropout_seed)
 
 
-def _attention(q, k, v, key_padding, bias, alibi_slopes, *, dropout_seed=None, **options):
-    return torch.ops.tilecut.attention_forward(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **options)[0]
+def _attention_cpu(*given, dropout_seed=None, **options):
+    return _forward_cpu(*given, dropout_seed, **options)[0]
+
+
+def _attention_cuda(*given, dropout_seed=None, **options):
+    return _forward_cuda(*given, dropout_seed, **options)[0]
 
 
 # torch.library.custom_op has an autograd of its own, which cannot run another op; so this op is defined by hand.
@@ -287,8 +293,8 @@ _LIBRARY.define(
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.impl("attention", _attention, "CPU")
-_LIBRARY.impl("attention", _attention, "CUDA")
+_LIBRARY.impl("attention", _attention_cpu, "CPU")
+_LIBRARY.impl("attention", _attention_cuda, "CUDA")
 _LIBRARY.impl("attention", _attention_autograd, "Autograd")
 
 
