@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import shutil
 import sys
 import types
 
@@ -309,6 +310,22 @@ def test_compiled_it_is_one_node_forward_and_one_backward(dropout_p, dynamic):
     with torch.no_grad():
         compiled(q, k, v, padding)
     assert graphs == [["tilecut.attention.default"]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
+def test_inductor_finds_the_layouts_that_the_fakes_promise():
+    linear = torch.nn.Linear(32, 96)
+
+    def layer(x):
+        q, k, v = linear(x).view(*x.shape[:2], 4, 24).transpose(1, 2).chunk(3, -1)
+        return attention(q, k, v, causal="top_left").transpose(1, 2).flatten(2).relu()
+
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    got, want = torch.compile(layer, fullgraph=True)(x), layer(x)
+    assert torch.allclose(got, want, atol=1e-6)
+    (found,), (wanted,) = (torch.autograd.grad(out.square().sum(), x) for out in (got, want))
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_cuda_tensors_go_to_the_launcher(monkeypatch):

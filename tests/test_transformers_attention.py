@@ -24,7 +24,8 @@ from transformers import (
 import tilecut
 import tilecut.transformers_attention as under_test
 from tilecut.transformers_attention import Segments, Visibility, attend, make_mask
-from tilecut_runtime.errors import InputError
+from tilecut_passes.capture import capture
+from tilecut_runtime.errors import ConfigError, InputError
 
 tilecut.register_attention()
 
@@ -34,7 +35,16 @@ QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CONFIGS = {
     "bert": lambda: BertConfig(**SIZES, **QUIET, max_position_embeddings=64),
     "gpt2": lambda: GPT2Config(
-        vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+        vocab_size=60,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=1,
     ),
     "llama": lambda: LlamaConfig(**GROUPED),
     # Shorter than the text.
@@ -367,6 +377,30 @@ def test_a_packed_mask_that_is_made_otherwise_stays_a_tensor(monkeypatch, seen):
     ids = torch.randint(2, 60, places.shape)
     assert_same(eager, ours, places >= 0, input_ids=ids, position_ids=places, use_cache=False)
     assert all(isinstance(m, torch.Tensor) for m in seen)
+
+
+def test_an_old_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr(under_test, "eager_mask", lambda batch_size, cache_position, kv_length: None)
+    with pytest.raises(ConfigError, match="transformers is too old: it makes masks from cache_position; got 5"):
+        tilecut.register_attention()
+
+
+@pytest.mark.parametrize("name", ["bert", "mistral"])
+def test_a_captured_model_holds_the_op_and_no_mask(name):
+    _, ours = pair(name)
+    ours = ours.float().eval()
+    graph = capture(ours)
+    nodes = [n for n in graph.nodes if n.target is torch.ops.tilecut.attention.default]
+    rules = {"bert": ("none", [-1, -1]), "mistral": ("top_left", [3, -1])}
+    assert [(n.kwargs["causal"], list(n.kwargs["window"])) for n in nodes] == [rules[name]] * 2
+    # The bool copy of the mask itself: nothing in the graph is as long as the text in two dimensions.
+    assert all(n.args[3].meta["val"].ndim == 2 for n in nodes)
+    longs = [n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    assert not any(sum(not isinstance(s, int) for s in x.shape) > 2 for x in longs)
+    keep = padding("right")
+    given = {name: keep.long() for name in graph.inputs}
+    want = ours(**given, **({} if name == "bert" else {"use_cache": False})).last_hidden_state
+    assert torch.allclose(graph.run(given)["last_hidden_state"][keep], want[keep], atol=1e-5)
 
 
 def test_bert_is_registered_once_more():

@@ -19,22 +19,24 @@ arguments bring the bounds (`DataCollatorWithFlattening(return_flash_attn_kwargs
 repeated; scale, soft-cap, dropout and position bias are the module's. A query that sees no key gives 0, where `eager`
 gives the mean of the values.
 
-Written for transformers 5 (`AttentionInterface`, `AttentionMaskInterface`).
+Written against transformers 5.23; the first releases of 5 made masks from `cache_position`, and are refused.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, eager_mask
 
 from tilecut_runtime.attention import attention
 from tilecut_runtime.attention_varlen import attention_varlen
-from tilecut_runtime.errors import InputError
+from tilecut_runtime.errors import ConfigError, InputError
 
 NAME = "tilecut"
 # Arguments of some models that change the result, and that the op has no equal of.
@@ -61,7 +63,18 @@ class Visibility(NamedTuple):
 
 
 def register_attention() -> None:
-    """Make `attn_implementation="tilecut"` known to transformers; a second call changes nothing."""
+    """Make `attn_implementation="tilecut"` known to transformers; a second call changes nothing.
+
+    Raises:
+        ConfigError: transformers is too old.
+    """
+    if "q_length" not in inspect.signature(eager_mask).parameters:
+        raise ConfigError(
+            "tilecut.register_attention",
+            "transformers is too old: it makes masks from cache_position",
+            got=transformers.__version__,
+            wanted="a version that makes them from q_length, as 5.23 does",
+        )
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, make_mask)
 
