@@ -25,6 +25,7 @@ import tilecut
 import tilecut.transformers_attention as under_test
 from tilecut.transformers_attention import Segments, Visibility, attend, make_mask
 from tilecut_passes.capture import capture
+from tilecut_passes.graph import arguments, value_of
 from tilecut_runtime.errors import ConfigError, InputError
 
 tilecut.register_attention()
@@ -304,6 +305,38 @@ def test_a_training_step_with_dropout(name):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("name", ["gpt2", "mistral"])
+def test_checkpointed_layers_draw_the_same_dropout_again(name, seen):
+    config = CONFIGS[name]()
+    setattr(config, "attn_pdrop" if name == "gpt2" else "attention_dropout", 0.5)
+    model = transformers.AutoModel.from_config(config, attn_implementation="tilecut").double().train()
+    keep = padding("right")
+    inputs = {"input_ids": torch.randint(2, 60, keep.shape), "attention_mask": keep.long(), "use_cache": False}
+    weight = torch.randn(*keep.shape, 32, dtype=torch.float64) * keep[..., None]
+    torch.manual_seed(5)
+    want, expected = gradients(model, weight, **inputs)
+    expected = {name: grad.clone() for name, grad in expected.items()}
+    assert len(seen) == 2
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(5)
+    got, found = gradients(model, weight, **inputs)
+    assert torch.equal(got, want) and len(seen) == 6
+    assert all(torch.allclose(found[name], expected[name], atol=1e-12) for name in expected)
+
+
+def test_training_under_autocast():
+    _, ours = pair("llama")
+    ours = ours.float()
+    ids = torch.randint(2, 60, (2, SEQUENCE))
+    exact = ours(input_ids=ids).last_hidden_state
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(input_ids=ids).last_hidden_state
+    out.float().sum().backward()
+    assert 0 < (out - exact).norm() / exact.norm() < 0.05
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in ours.parameters())
+
+
 def test_compiled_training_is_one_node_a_layer():
     _, ours = pair("llama")
     keep = padding("right")
@@ -394,9 +427,9 @@ def test_a_captured_model_holds_the_op_and_no_mask(name):
     rules = {"bert": ("none", [-1, -1]), "mistral": ("top_left", [3, -1])}
     assert [(n.kwargs["causal"], list(n.kwargs["window"])) for n in nodes] == [rules[name]] * 2
     # The bool copy of the mask itself: nothing in the graph is as long as the text in two dimensions.
-    assert all(n.args[3].meta["val"].ndim == 2 for n in nodes)
-    longs = [n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    assert not any(sum(not isinstance(s, int) for s in x.shape) > 2 for x in longs)
+    assert all(value_of(arguments(n)["key_padding"]).ndim == 2 for n in nodes)
+    values = [x for n in graph.nodes if isinstance(x := value_of(n), torch.Tensor)]
+    assert not any(sum(not isinstance(size, int) for size in x.shape) > 2 for x in values)
     keep = padding("right")
     given = {name: keep.long() for name in graph.inputs}
     want = ours(**given, **({} if name == "bert" else {"use_cache": False})).last_hidden_state

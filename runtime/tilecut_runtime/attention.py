@@ -277,12 +277,12 @@ def _attention_autograd(q, k, v, key_padding, bias, alibi_slopes, *, dropout_see
         return torch.ops.tilecut.attention(*given, **options, dropout_seed=dropout_seed)
 
 
-def _attention_cpu(*given, dropout_seed=None, **options):
-    return _forward_cpu(*given, dropout_seed, **options)[0]
+def _attention_cpu(q, k, v, key_padding, bias, alibi_slopes, *, dropout_seed=None, **options):
+    return _forward_cpu(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **options)[0]
 
 
-def _attention_cuda(*given, dropout_seed=None, **options):
-    return _forward_cuda(*given, dropout_seed, **options)[0]
+def _attention_cuda(q, k, v, key_padding, bias, alibi_slopes, *, dropout_seed=None, **options):
+    return _forward_cuda(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **options)[0]
 
 
 # torch.library.custom_op has an autograd of its own, which cannot run another op; so this op is defined by hand.
