@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+import tilecut_runtime.attention_checks as checks_module
 import tilecut_runtime.attention_varlen as varlen_module
 from tilecut_runtime.attention import attention
 from tilecut_runtime.attention_checks import check_packed_values
@@ -352,22 +353,40 @@ def test_bad_input_is_refused_by_name(change, message):
 
 def test_values_are_read_once_until_they_change(monkeypatch):
     q, k, _, cu_q, cu_k = packed([(4, 7), (6, 5)])
+    offsets, indices = int32(0, 1, 2)[None], int32(0, 0)
     reads = []
-    monkeypatch.setattr(
-        "tilecut_runtime.attention_checks._lengths",
-        lambda cu, name, rows, real=sys.modules["tilecut_runtime.attention_checks"]._lengths: (
-            reads.append(name), real(cu, name, rows))[1],
-    )  # fmt: skip
-    check = lambda: check_packed_values(q, k, cu_q, cu_k, None, None, 6, 7)
+
+    def spied(name):
+        real = getattr(checks_module, name)
+
+        def spy(*given):
+            reads.append(name)
+            return real(*given)
+
+        monkeypatch.setattr(checks_module, name, spy)
+
+    spied("_lengths")
+    spied("_check_blocks")
+    check = lambda: check_packed_values(q, k, cu_q, cu_k, offsets, indices, 6, 7)
     check()
     check()
-    assert reads == ["q", "k"]
+    assert reads == ["_lengths", "_lengths", "_check_blocks"]
     cu_q[1] = 5
     check()
-    assert reads == ["q", "k", "q"]
+    assert reads[3:] == ["_lengths"]
+    indices = indices.clone()
+    check()
+    assert reads[4:] == ["_check_blocks"]
+    indices[0] = 1
+    with pytest.raises(InputError, match="outside of its sequence"):
+        check()
     cu_q[2] = 9
     with pytest.raises(InputError, match="must end at the number of rows"):
         check()
+
+
+def test_tensors_of_inference_mode_are_read_every_time():
+    q, k, _, _, cu_k = packed([(4, 7), (6, 5)])
     with torch.inference_mode():
         unversioned = bounds([4, 6])
         check_packed_values(q, k, unversioned, cu_k, None, None, 6, 7)

@@ -7,11 +7,12 @@ read once per tensor and version of its content, since reading them makes the CP
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from tilecut_runtime.errors import InputError
 
@@ -168,7 +169,7 @@ def check_packed_values(
         ("q", cu_seqlens_q, q.shape[0], max_q, "queries"),
         ("k", cu_seqlens_k, k.shape[0], max_k, "keys"),
     ):
-        lengths.append(_read_once(bounds, rows, lambda b=bounds, n=name, r=rows: _lengths(b, n, r)))
+        lengths.append(_read_once((bounds,), rows, lambda b=bounds, n=name, r=rows: _lengths(b, n, r)))
         if max(lengths[-1], default=0) > longest:
             raise InputError(
                 "tilecut.attention_varlen",
@@ -178,8 +179,7 @@ def check_packed_values(
             )
     if block_offsets is not None and block_indices is not None:
         blocks = [[-(-n // BLOCK) for n in side] for side in lengths]
-        key = (block_indices.data_ptr(), block_indices._version, blocks)
-        _read_once(block_offsets, key, lambda: _check_blocks(block_offsets, block_indices, *blocks))
+        _read_once((block_offsets, block_indices), blocks, lambda: _check_blocks(block_offsets, block_indices, *blocks))
 
 
 def _lengths(bounds: Tensor, name: str, rows: int) -> list[int]:
@@ -238,14 +238,15 @@ def _check_blocks(offsets: Tensor, indices: Tensor, q_blocks: list[int], k_block
     return True
 
 
-def _read_once(tensor: Tensor, key: object, read):
-    """`read()`, kept for as long as the tensor lives and is not written to."""
+def _read_once(tensors: tuple[Tensor, ...], beside: object, read: Callable[[], Any]) -> Any:
+    """`read()` of the tensors and of what is beside them, kept while the first lives and none is written to."""
     # Inference tensors do not count the writes to them.
-    if tensor.is_inference():
+    if any(x.is_inference() for x in tensors):
         return read()
-    held = _read.get(tensor)
-    if held is None or held[0] != (tensor._version, key):
-        held = _read[tensor] = ((tensor._version, key), read())
+    key = ([(WeakIdRef(x), x._version) for x in tensors], beside)
+    held = _read.get(tensors[0])
+    if held is None or held[0] != key:
+        held = _read[tensors[0]] = (key, read())
     return held[1]
 
 
