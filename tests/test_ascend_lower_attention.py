@@ -108,6 +108,7 @@ WIDE = lambda n: lambda m, x, keep: (lambda y: attention(y, y, y))(torch.cat([x]
         (lambda m, x, keep: attention(x, x, x, softcap=2.0), ADDITIVE),
         (lambda m, x, keep: attention(x, x, x, window=(3, -1)), ADDITIVE),
         (lambda m, x, keep: attention(x, x, x, global_tokens=2), ADDITIVE),
+        (lambda m, x, keep: attention(x, x, x, dropout_p=0.1), "dropout"),
         (lambda m, x, keep: attention(x, x, x @ m.weight), "queries are 16 wide and values 24"),
         (lambda m, x, keep: PLAIN(m, x[..., :8], keep), "head width 8, wanted a multiple of 16 up to 512"),
         (lambda m, x, keep: PLAIN(m, x @ m.weight, keep), "head width 24, wanted a multiple of 16 up to 512"),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilecut_runtime.attention import attention_naive
+from tilecut_runtime.errors import LoweringError
 from tilecut_targets.decompose_attention import decomposed_attention, finite
 
 DEFAULTS = {
@@ -126,3 +127,8 @@ def test_a_mask_does_not_overflow_in_half_precision_when_a_score_is_added():
 def test_a_bias_is_made_finite_and_otherwise_kept():
     bias = torch.tensor([0.0, -3.0, 100.0, -torch.inf])
     assert finite(bias).tolist() == [0.0, -3.0, 100.0, torch.finfo(torch.float32).min / 2]
+
+
+def test_dropout_is_refused():
+    with pytest.raises(LoweringError, match=r"dropout is for training; got 0\.1; wanted 0\.0; call model\.eval\(\) first"):
+        decomposed_attention(*operands(), None, None, None, **{**DEFAULTS, "dropout_p": 0.1})

@@ -90,6 +90,7 @@ class Refused(nn.Module):
             "top_left": attention(q, other, other, causal="top_left"),
             "bottom_right": attention(q, other, other, causal="bottom_right"),
             "row_bias": attention(q, q, q, keep, row),
+            "dropout": attention(q, q, q, keep, dropout_p=0.1),
         }
 
 
@@ -102,6 +103,7 @@ REASONS = {
     "top_left": "top_left causal attention between different numbers of queries and keys",
     "bottom_right": "bottom_right causal attention between different numbers of queries and keys",
     "row_bias": "a bias that is broadcast over queries or keys",
+    "dropout": "dropout: the fused ops of the CPU provider have none",
 }
 
 

@@ -98,6 +98,8 @@ def test_the_public_names():
     assert set(tilecut.__all__) == set(dir(tilecut))
     for name in tilecut.__all__:
         assert getattr(tilecut, name) is not None
+    # Functions, not the modules of the same names.
+    assert all(callable(f) for f in (tilecut.attention, tilecut.attention_varlen, tilecut.register_attention))
     with pytest.raises(AttributeError, match="no attribute 'magic'"):
         _ = tilecut.magic
 

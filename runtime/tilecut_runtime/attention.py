@@ -4,27 +4,30 @@ Query head h reads KV head h // (Hq / Hk). A key is visible to a query when ever
 
     key_padding   key_padding[b, j] is True
     causal        j <= i + shift, with shift = 0 ("top_left") or Sk - Sq ("bottom_right")
-    window        -left <= j - (i + shift) <= right, a negative side being unbounded
-    global_tokens the first `global_tokens` positions see and are seen by all, whatever the window says
+    window        -left <= j - (i + shift) <= right, a side of -1 being unbounded
+    global_tokens j < global_tokens or i + shift < global_tokens: these see and are seen whatever the window says
 
 and the score of a visible pair is `softcap * tanh(q k^T scale / softcap)` (plain when softcap is 0) plus `bias` plus
 `-alibi_slopes[h] * |i + shift - j|`. Softmax runs in float32 (float64 for float64 inputs). A row that sees no key
-gives 0.
+gives 0. With dropout_p > 0 a weight is kept where `philox.dropout_mask` says so, and divided by 1 - dropout_p.
 
-`attention_naive` is the meaning and the test reference; the registered op adds a fake kernel (shapes only) and the
-closed-form backward of softmax attention (Dao et al., FlashAttention, arXiv 2205.14135, appendix B).
+CPU tensors run `attention_naive`, which is the meaning and the test reference; CUDA tensors run the Triton kernels of
+`launch_attention`; other devices have no implementation, and torch says so. A graph holds one node, `tilecut::attention`.
+Where a gradient is needed it runs `tilecut::attention_forward`, which keeps the log-sum-exp, and its backward is
+`tilecut::attention_backward`: compiled for training the node is that pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tilecut_runtime import naive_attention
+from tilecut_runtime.attention_checks import check_dense
 from tilecut_runtime.errors import InputError
-
-CAUSAL = ("none", "top_left", "bottom_right")
 
 
 def attention(
@@ -41,40 +44,39 @@ def attention(
     global_tokens: int = 0,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """Attention as one op, `torch.ops.tilecut.attention`.
 
     Args:
-        q: [B, Hq, Sq, D]; k: [B, Hk, Sk, D]; v: [B, Hk, Sk, E]; one floating dtype; Hq a multiple of Hk.
+        q: [B, Hq, Sq, D]; k: [B, Hk, Sk, D]; v: [B, Hk, Sk, E]; one floating dtype; Hq a multiple of Hk. Under autocast
+            they are cast to its dtype. On CUDA: float16, bfloat16 or float32, D and E multiples of 8 up to 256.
         key_padding: bool [B, Sk], True keeps the key; or None.
-        bias: added to the scores, [B|1, Hq|1, Sq, Sk]; or None.
-        alibi_slopes: [Hq], positive; or None.
+        bias: added to the scores, floating point [B|1, Hq|1, Sq|1, Sk|1]; or None.
+        alibi_slopes: floating point [Hq], positive; or None. Gets no gradient.
         scale: of q k^T; None is D ** -0.5.
         causal, window, global_tokens, softcap: see the module.
-        dropout_p: must be 0; dropout is not implemented.
+        dropout_p: probability that a weight is dropped, in [0, 1). The op does not ask whether a module trains.
+        dropout_seed: int64 [1]; None draws one with torch's generator where dropout_p > 0.
 
     Returns:
         [B, Hq, Sq, E], q's dtype.
 
     Raises:
-        InputError: shapes, dtypes or options that do not fit.
+        InputError: shapes, dtypes, devices or options that do not fit.
     """
-    _check(q, k, v, key_padding, bias, alibi_slopes, causal, window, dropout_p)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.tilecut.attention(
-        q,
-        k,
-        v,
-        key_padding,
-        bias,
-        alibi_slopes,
-        scale=scale,
-        causal=causal,
-        window=list(window),
-        global_tokens=global_tokens,
-        softcap=softcap,
-        dropout_p=dropout_p,
-    )
+    q, k, v = autocast(q, k, v)
+    options = {
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "causal": causal,
+        "window": list(window),
+        "global_tokens": global_tokens,
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+        "dropout_seed": draw_seed(q) if dropout_p and dropout_seed is None else dropout_seed,
+    }
+    check_dense(q, k, v, key_padding, bias, alibi_slopes, **options)
+    return torch.ops.tilecut.attention(q, k, v, key_padding, bias, alibi_slopes, **options)
 
 
 def attention_naive(
@@ -91,117 +93,55 @@ def attention_naive(
     global_tokens: int,
     softcap: float,
     dropout_p: float,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """What `tilecut::attention` means, in plain torch."""
-    weights, _ = _weights(q, k, key_padding, bias, alibi_slopes, scale, causal, window, global_tokens, softcap)
-    return (weights @ _repeat_kv(v, q).to(weights.dtype)).to(q.dtype)
+    masks = _masks(k, key_padding, bias, alibi_slopes, dropout_seed)
+    options = naive_attention.Options(scale, causal, window, global_tokens, softcap, dropout_p)
+    return naive_attention.forward(q, k, v, masks, options)[0]
 
 
-def _weights(
-    q, k, key_padding, bias, alibi_slopes, scale, causal, window, global_tokens, softcap
-) -> tuple[Tensor, Tensor | None]:
-    """Attention weights [B, Hq, Sq, Sk] and, with a soft-cap, tanh of the capped scores."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (q.to(wide) @ _repeat_kv(k, q).to(wide).transpose(-1, -2)) * scale
-    capped = None
-    if softcap:
-        capped = torch.tanh(scores / softcap)
-        scores = capped * softcap
-    sq, sk = q.shape[-2], k.shape[-2]
-    shift = 0 if causal == "top_left" else sk - sq
-    # How far the key lies behind the query.
-    behind = torch.arange(sq, device=q.device)[:, None] + shift - torch.arange(sk, device=q.device)[None, :]
-    if bias is not None:
-        scores = scores + bias.to(wide)
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(wide)[:, None, None] * behind.abs()
-    visible = torch.ones_like(behind, dtype=torch.bool)
-    left, right = window
-    if left >= 0:
-        visible = visible & (behind <= left)
-    if right >= 0:
-        visible = visible & (-behind <= right)
-    if global_tokens:
-        is_global = torch.arange(sk, device=q.device)[None, :] < global_tokens
-        sees_all = (torch.arange(sq, device=q.device)[:, None] + shift) < global_tokens
-        visible = visible | is_global | sees_all
-    if causal != "none":
-        visible = visible & (behind >= 0)
-    visible = visible[None, None]
-    if key_padding is not None:
-        visible = visible & key_padding[:, None, None, :]
-    scores = scores.masked_fill(~visible, float("-inf"))
-    # softmax of an empty row is 0, not NaN: subtract a finite maximum and divide by at least the smallest positive sum
-    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(wide).min)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    return weights / total.masked_fill(total == 0, 1.0), capped
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as torch's own attention is cast; float64 is left alone."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _repeat_kv(x: Tensor, q: Tensor) -> Tensor:
-    """KV heads repeated to q's head count: [B, Hk, S, D] -> [B, Hq, S, D]."""
-    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+def draw_seed(q: Tensor) -> Tensor:
+    """A seed from torch's generator, int64 [1] on q's device: dropout masks follow torch.manual_seed."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
 
 
-def _check(q, k, v, key_padding, bias, alibi_slopes, causal, window, dropout_p) -> None:
-    where = "tilecut.attention"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise InputError(where, f"{name} has the wrong rank", got=list(x.shape), wanted="[B, H, S, D]")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise InputError(
-                where,
-                f"{name} differs from q in dtype or device",
-                got=f"{x.dtype} on {x.device}",
-                wanted=f"{q.dtype} on {q.device}",
-            )
-    if not q.dtype.is_floating_point:
-        raise InputError(where, "q, k, v must be floating point", got=q.dtype)
-    b, hq, sq, d = q.shape
-    hk, sk = k.shape[1], k.shape[2]
-    if k.shape[0] != b or k.shape[3] != d:
-        raise InputError(where, "k does not fit q", got=list(k.shape), wanted=f"[{b}, Hk, Sk, {d}]")
-    if tuple(v.shape[:3]) != tuple(k.shape[:3]):
-        raise InputError(where, "v does not fit k", got=list(v.shape), wanted=f"[{b}, {hk}, {sk}, E]")
-    if hk == 0 or hq % hk:
-        raise InputError(
-            where,
-            "query heads are no multiple of KV heads",
-            got=f"{hq} query heads, {hk} KV heads",
-            fix="repeat or prune KV groups evenly",
-        )
-    if key_padding is not None and (key_padding.dtype != torch.bool or tuple(key_padding.shape) != (b, sk)):
-        raise InputError(
-            where,
-            "key_padding does not fit",
-            got=f"{key_padding.dtype} {list(key_padding.shape)}",
-            wanted=f"torch.bool [{b}, {sk}]",
-        )
-    if bias is not None and (bias.ndim != 4 or any(s not in (1, w) for s, w in zip(bias.shape, (b, hq, sq, sk)))):
-        raise InputError(
-            where,
-            "bias does not broadcast to the scores",
-            got=list(bias.shape),
-            wanted=f"[{b}|1, {hq}|1, {sq}|1, {sk}|1]",
-        )
-    if alibi_slopes is not None and tuple(alibi_slopes.shape) != (hq,):
-        raise InputError(where, "alibi_slopes does not fit", got=list(alibi_slopes.shape), wanted=f"[{hq}]")
-    if causal not in CAUSAL:
-        raise InputError(where, "unknown causal", got=repr(causal), wanted=" or ".join(CAUSAL))
-    if len(window) != 2:
-        raise InputError(where, "window must be (left, right)", got=list(window))
-    if dropout_p:
-        raise InputError(where, "dropout is not implemented", got=dropout_p, wanted=0.0)
+def last_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with last dimensions that lie together, as the kernels read them."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
-@torch.library.custom_op("tilecut::attention", mutates_args=())
-def _attention_op(
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """A small tensor as the kernels read it."""
+    return None if x is None else x.contiguous()
+
+
+def wide(x: Tensor | None) -> Tensor | None:
+    """Slopes as the kernels read them."""
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _masks(k, key_padding, bias, alibi_slopes, dropout_seed) -> naive_attention.Masks:
+    return naive_attention.Masks(key_padding, bias, alibi_slopes, None, dropout_seed, max_k=k.shape[2])
+
+
+def _forward_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_padding: Tensor | None,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    dropout_seed: Tensor | None,
     *,
     scale: float,
     causal: str,
@@ -209,82 +149,155 @@ def _attention_op(
     global_tokens: int,
     softcap: float,
     dropout_p: float,
-) -> Tensor:
-    _check(q, k, v, key_padding, bias, alibi_slopes, causal, window, dropout_p)
-    return attention_naive(
-        q,
-        k,
-        v,
-        key_padding,
-        bias,
-        alibi_slopes,
-        scale=scale,
-        causal=causal,
-        window=window,
-        global_tokens=global_tokens,
-        softcap=softcap,
-        dropout_p=dropout_p,
+) -> tuple[Tensor, Tensor]:
+    options = naive_attention.Options(scale, causal, window, global_tokens, softcap, dropout_p)
+    check_dense(q, k, v, key_padding, bias, alibi_slopes, **options._asdict(), dropout_seed=dropout_seed)
+    return naive_attention.forward(q, k, v, _masks(k, key_padding, bias, alibi_slopes, dropout_seed), options)
+
+
+def _forward_cuda(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **options):
+    check_dense(q, k, v, key_padding, bias, alibi_slopes, **options, dropout_seed=dropout_seed)
+    # Imports triton.
+    from tilecut_runtime.launch_attention import forward as launch
+
+    out, lse = launch(
+        *last_contiguous(q, k, v),
+        max_q=q.shape[2],
+        max_k=k.shape[2],
+        key_padding=contiguous(key_padding),
+        bias=bias,
+        alibi_slopes=wide(alibi_slopes),
+        dropout_seed=dropout_seed,
+        **options,
     )
+    return out.contiguous(), lse.contiguous()
 
 
-@_attention_op.register_fake
-def _(q, k, v, key_padding, bias, alibi_slopes, *, scale, causal, window, global_tokens, softcap, dropout_p):
-    return q.new_empty((*q.shape[:3], v.shape[-1]))
+_forward = torch.library.custom_op("tilecut::attention_forward", _forward_cpu, mutates_args=(), device_types="cpu")
+_forward.register_kernel("cuda", _forward_cuda)
 
 
-@torch.library.custom_op("tilecut::attention_backward", mutates_args=())
-def _attention_backward_op(
+@_forward.register_fake
+def _(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **options):
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return q.new_empty((*q.shape[:3], v.shape[-1])), lse
+
+
+@torch.library.custom_op("tilecut::attention_backward", mutates_args=(), device_types="cpu")
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     key_padding: Tensor | None,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    dropout_seed: Tensor | None,
     *,
     scale: float,
     causal: str,
     window: Sequence[int],
     global_tokens: int,
     softcap: float,
+    dropout_p: float,
+    bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights, capped = _weights(q, k, key_padding, bias, alibi_slopes, scale, causal, window, global_tokens, softcap)
-    grad = grad.to(weights.dtype)
-    keys, values = (_repeat_kv(x, q).to(weights.dtype) for x in (k, v))
-    d_values = weights.transpose(-1, -2) @ grad
-    d_weights = grad @ values.transpose(-1, -2)
-    # rowsum(dP * P) = rowsum(dO * O)
-    d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True))
-    d_bias = d_scores.sum_to_size(bias.shape).to(bias.dtype) if bias is not None else q.new_empty(0)
-    if capped is not None:
-        d_scores = d_scores * (1 - capped * capped)
-    d_scores = d_scores * scale
-    d_keys = d_scores.transpose(-1, -2) @ q.to(weights.dtype)
-
-    def to_groups(x: Tensor, like: Tensor) -> Tensor:
-        b, _, s, d = x.shape
-        return x.reshape(b, like.shape[1], -1, s, d).sum(2).to(like.dtype)
-
-    return (d_scores @ keys).to(q.dtype), to_groups(d_keys, k), to_groups(d_values, v), d_bias
+    """Gradients of q, k, v and the bias; the last is empty unless `bias_grad` asks for it."""
+    masks = _masks(k, key_padding, bias, alibi_slopes, dropout_seed)
+    options = naive_attention.Options(scale, causal, window, global_tokens, softcap, dropout_p)
+    return _contiguous(q, *naive_attention.backward(grad, q, k, v, out, lse, masks, options, bias_grad))
 
 
-@_attention_backward_op.register_fake
-def _(grad, q, k, v, key_padding, bias, alibi_slopes, *, scale, causal, window, global_tokens, softcap):
-    d_bias = torch.empty_like(bias) if bias is not None else q.new_empty(0)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_bias
+@_backward.register_kernel("cuda")
+def _backward_cuda(grad, q, k, v, out, lse, key_padding, bias, alibi_slopes, dropout_seed, *, bias_grad, **options):
+    # Imports triton.
+    from tilecut_runtime.launch_attention import backward as launch
 
-
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.options = {k: v for k, v in keyword_only_inputs.items() if k != "dropout_p"}
-
-
-def _backward(ctx, grad):
-    q, k, v, key_padding, bias, slopes = ctx.saved_tensors
-    dq, dk, dv, d_bias = torch.ops.tilecut.attention_backward(
-        grad.contiguous(), q, k, v, key_padding, bias, slopes, **ctx.options
+    grads = launch(
+        *last_contiguous(grad, q, k, v, out),
+        lse,
+        max_q=q.shape[2],
+        max_k=k.shape[2],
+        key_padding=contiguous(key_padding),
+        bias=bias,
+        alibi_slopes=wide(alibi_slopes),
+        dropout_seed=dropout_seed,
+        need_dbias=bias_grad,
+        **options,
     )
-    return dq, dk, dv, None, d_bias if bias is not None else None, None
+    return _contiguous(q, *grads)
 
 
-torch.library.register_autograd("tilecut::attention", _backward, setup_context=_setup_context)
+@_backward.register_fake
+def _(grad, q, k, v, out, lse, key_padding, bias, alibi_slopes, dropout_seed, *, bias_grad, **options):
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, bias if bias_grad else None))
+
+
+def _contiguous(q: Tensor, *grads: Tensor | None) -> Any:
+    """The layout that the fake kernel promises; an op cannot return None."""
+    return tuple(q.new_empty(0) if x is None else x.contiguous() for x in grads)
+
+
+class _Differentiable(torch.autograd.Function):
+    """`tilecut::attention` where a gradient is needed: keeps the log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, key_padding, bias, alibi_slopes, dropout_seed, options):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.tilecut.attention_forward(
+                q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **options
+            )
+        ctx.save_for_backward(q, k, v, out, lse, key_padding, bias, alibi_slopes, dropout_seed)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if ctx.needs_input_grad[5]:
+            refuse_slopes("tilecut.attention")
+        dq, dk, dv, d_bias = torch.ops.tilecut.attention_backward(
+            grads[0].contiguous(), *ctx.saved_tensors, **ctx.options, bias_grad=ctx.needs_input_grad[4]
+        )
+        return dq, dk, dv, None, d_bias if ctx.needs_input_grad[4] else None, None, None, None
+
+
+def refuse_slopes(where: str) -> None:
+    """ALiBi slopes that want a gradient."""
+    fix = "detach them, or pass -slopes * distance as the bias" if where == "tilecut.attention" else "detach them"
+    raise InputError(where, "alibi_slopes gets no gradient", fix=fix)
+
+
+def _attention_autograd(q, k, v, key_padding, bias, alibi_slopes, *, dropout_seed=None, **options):
+    given = (q, k, v, key_padding, bias, alibi_slopes)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        return _Differentiable.apply(*given, dropout_seed, options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.tilecut.attention(*given, **options, dropout_seed=dropout_seed)
+
+
+def _attention_cpu(q, k, v, key_padding, bias, alibi_slopes, *, dropout_seed=None, **options):
+    return _forward_cpu(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **options)[0]
+
+
+def _attention_cuda(q, k, v, key_padding, bias, alibi_slopes, *, dropout_seed=None, **options):
+    return _forward_cuda(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **options)[0]
+
+
+# torch.library.custom_op has an autograd of its own, which cannot run another op; so this op is defined by hand.
+_LIBRARY = torch.library.Library("tilecut", "FRAGMENT")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? bias, Tensor? alibi_slopes, *, float scale, "
+    "str causal, SymInt[] window, SymInt global_tokens, float softcap, float dropout_p, Tensor? dropout_seed=None) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("attention", _attention_cpu, "CPU")
+_LIBRARY.impl("attention", _attention_cuda, "CUDA")
+_LIBRARY.impl("attention", _attention_autograd, "Autograd")
+
+
+@torch.library.register_fake("tilecut::attention", lib=_LIBRARY)
+def _(q, k, v, key_padding, bias, alibi_slopes, **options):
+    return q.new_empty((*q.shape[:3], v.shape[-1]))

@@ -24,6 +24,7 @@ from torch.export.passes import move_to_device_pass
 
 # Importing them registers the ops of tilecut, which a program may call.
 import tilecut_runtime.attention
+import tilecut_runtime.attention_varlen
 import tilecut_runtime.grouped_matmul
 from tilecut_runtime.errors import ArtifactError, first_line
 from tilecut_runtime.manifest import Manifest

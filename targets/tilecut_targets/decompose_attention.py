@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tilecut_runtime.errors import LoweringError
+
 
 def decomposed_attention(
     q: Tensor,
@@ -20,8 +22,17 @@ def decomposed_attention(
     global_tokens: int,
     softcap: float,
     dropout_p: float,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """tilecut::attention as MatMul and Softmax. A row without a key gets some finite mixture of the values."""
+    """tilecut::attention as MatMul and Softmax. A row without a key gets some finite mixture of the values.
+
+    Raises:
+        LoweringError: the attention drops weights, which a deployed graph does not.
+    """
+    if dropout_p:
+        raise LoweringError(
+            "decomposed_attention", "dropout is for training", got=dropout_p, wanted=0.0, fix="call model.eval() first"
+        )
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))

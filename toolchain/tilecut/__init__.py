@@ -23,17 +23,32 @@ _EXPORTS = {
     "Recovery": "tilecut.recovery_config",
     "Artifact": "tilecut.artifact",
     "attention": "tilecut_runtime.attention",
+    "attention_varlen": "tilecut_runtime.attention_varlen",
+    "register_attention": "tilecut.transformers_attention",
     "TilecutError": "tilecut_runtime.errors",
 }
 
-__all__ = ["Artifact", "PruneConfig", "Recovery", "TilecutError", "__version__", "attention", "compile_pruned", "load"]
+__all__ = [
+    "Artifact",
+    "PruneConfig",
+    "Recovery",
+    "TilecutError",
+    "__version__",
+    "attention",
+    "attention_varlen",
+    "compile_pruned",
+    "load",
+    "register_attention",
+]
 
 if TYPE_CHECKING:
     from tilecut.artifact import Artifact
     from tilecut.compile import compile_pruned
     from tilecut.config import PruneConfig
     from tilecut.recovery_config import Recovery
+    from tilecut.transformers_attention import register_attention
     from tilecut_runtime.attention import attention
+    from tilecut_runtime.attention_varlen import attention_varlen
     from tilecut_runtime.errors import TilecutError
     from tilecut_runtime.session import load
 

@@ -2,7 +2,8 @@
 
 Before: tilecut::attention(q, k, v, key_padding). After: npu::NPUPromptFlashAttention in fp16, mask inverted (True
 drops), causal written into the mask. Left alone, with the reason in `graph.refusals` (the exporter then writes MatMul
-and Softmax): additive biases, windows, soft-caps, ALiBi, and head widths that are no multiple of 16 or above 512.
+and Softmax): additive biases, windows, soft-caps, ALiBi, dropout, and head widths that are no multiple of 16 or above
+512.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class LowerAttention:
         """Why the op cannot express this attention, or None."""
         a = arguments(node)
         width, value_width = value_of(a["q"]).shape[3], value_of(a["v"]).shape[3]
+        if a["dropout_p"]:
+            return "dropout"
         if (
             a["bias"] is not None
             or a["alibi_slopes"] is not None

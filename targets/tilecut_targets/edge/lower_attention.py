@@ -6,7 +6,7 @@ After, the first form that fits:
                 are packed here, at compile time
     separate    com.microsoft::MultiHeadAttention(q, k, v, .., mask, bias): heads folded into the last dimension
 Left alone, with the reason in `graph.refusals` (the exporter then writes MatMul and Softmax): grouped queries, windows,
-global tokens, soft-caps, ALiBi in the op, and causal attention whose queries and keys differ in number.
+global tokens, soft-caps, ALiBi in the op, dropout, and causal attention whose queries and keys differ in number.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class LowerAttention:
         """Why neither fused op can express this attention, or None when one can."""
         a = arguments(node)
         q, k = value_of(a["q"]), value_of(a["k"])
+        if a["dropout_p"]:
+            return "dropout: the fused ops of the CPU provider have none"
         if q.shape[1] != k.shape[1]:
             return f"{q.shape[1]} query heads on {k.shape[1]} KV heads: the fused ops of the CPU provider take one each"
         if list(a["window"]) != [-1, -1] or a["global_tokens"] or a["softcap"] or a["alibi_slopes"] is not None:
