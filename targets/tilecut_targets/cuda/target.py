@@ -1,7 +1,8 @@
 """target="cuda": a device-neutral exported program in which every attention is one `tilecut::attention`.
 
-This is the target's first slice: the program, its plan and its weights. It runs with `load(path, device="cpu")` through
-the op's reference implementation, which is also what a CUDA device runs until the Triton kernels land.
+The artifact holds the program, its plan and its weights; kernels are compiled where it runs, by Triton. On a CUDA device
+the op launches the kernels of `tilecut_runtime.kernels`; with `load(path, device="cpu")` it is plain torch, which is what
+is verified here.
 """
 
 from __future__ import annotations
