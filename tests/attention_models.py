@@ -308,7 +308,7 @@ SPELLINGS: dict[str, Spelling] = {
     "bloom": Spelling(bloom, ("causal padding bias nx4x1xn",)),
     "bloom_without_a_mask": Spelling(lambda: (bloom(), {"input_ids": ids()}), ("causal alibi",)),
     "mpt": Spelling(
-        lambda: hf.MptModel(hf.MptConfig(vocab_size=99, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)),
+        lambda: hf.MptModel(hf.MptConfig(vocab_size=99, d_model=32, n_layers=1, n_heads=4, max_seq_len=2048)),
         ("causal padding alibi",),
         slow=True,
     ),

@@ -37,7 +37,7 @@ def fused(graph):
     return made, count
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def spelled(name: str) -> tuple[Graph, Graph, int]:
     graph = built(SPELLINGS[name].build)
     return graph, *fused(graph)

@@ -38,6 +38,8 @@ LARGEST_PRODUCT = 2048
 # The longest probe, of a literal at its own size or of a constant tensor: 67 million pairs.
 LONGEST = 8195
 LONG = 1024
+# How many scores of one text a probe may have, and one at a literal's own size: T5's have a bias for every head.
+MOST_SCORES, MOST_REAL_SCORES = 1 << 23, 150_000_000
 PRIMES = (7, 11, 5, 13, 3, 17, 19, 23)
 
 BINARY = ("ones", "right", "left", "holes", "zeros")
@@ -221,11 +223,18 @@ def literals_of(cone: Sequence[fx.Node]) -> set[int]:
     return {x for x in found if 1 < x < 1 << 31}
 
 
-def make_probes(graph: Graph, cone: Sequence[fx.Node], pairs: Sequence[int | sympy.Expr]) -> Iterator[Sequence[Probe]]:
+def make_probes(
+    graph: Graph, cone: Sequence[fx.Node], pairs: Sequence[int | sympy.Expr], heads: int, shrink: bool
+) -> Iterator[Sequence[Probe]]:
     """Probes for a cone, the probes of one choice of sizes together.
 
     Args:
         pairs: the numbers of queries and of keys.
+        heads: how many heads have a mask of their own.
+        shrink: whether large literals are replaced by small ones.
+
+    Raises:
+        ProbeError: without shrinking, a literal is too large.
     """
     names = dict(zip(graph.placeholders, graph.inputs))
     used = [names[n] for n in cone if n.op == "placeholder"]
@@ -237,9 +246,13 @@ def make_probes(graph: Graph, cone: Sequence[fx.Node], pairs: Sequence[int | sym
     large = sorted(x for x in reachable if x > LARGE)
     values = sorted({-1, 0, 1, 2, 3, *(x + d for x in small for d in (-1, 0, 1))})
     seed = 0
-    for sizes, styles, shrinks in _sizes(graph, cone, rows, small, large, min(LONG, longest)):
+    most = max(math.isqrt(MOST_SCORES // heads), *(x + 8 for x in (8, *small)))
+    biggest = min(LONGEST, math.isqrt(MOST_REAL_SCORES // heads))
+    if not shrink and large and large[-1] + 3 > biggest:
+        raise ProbeError(f"its literal {large[-1]} is too large to probe")
+    for sizes, styles, shrinks in _sizes(graph, cone, rows, small, large, min(LONG, longest, most), most, biggest):
         made = []
-        for replaced in _replacements(large) if shrinks else [{}]:
+        for replaced in _replacements(large) if shrinks and shrink else [{}]:
             for chosen in _styles(len(used), styles):
                 seed += 1
                 inputs = _inputs(graph, used, sizes, chosen, values, seed)
@@ -248,7 +261,14 @@ def make_probes(graph: Graph, cone: Sequence[fx.Node], pairs: Sequence[int | sym
 
 
 def _sizes(
-    graph: Graph, cone: Sequence[fx.Node], rows: set[sympy.Symbol], small: list[int], large: list[int], long: int
+    graph: Graph,
+    cone: Sequence[fx.Node],
+    rows: set[sympy.Symbol],
+    small: list[int],
+    large: list[int],
+    long: int,
+    most: int,
+    biggest: int,
 ) -> Iterator[tuple[dict[sympy.Symbol, int], tuple[str, ...], bool]]:
     """Choices of sizes, with the styles to try there, and whether large literals are shrunk."""
     every, few = (*BINARY, *OTHERS), ("ones", "holes", "packed")
@@ -265,12 +285,12 @@ def _sizes(
         ({s: PRIMES[i % 8] for i, s in enumerate(symbols)}, every, True),
         ({s: PRIMES[-1 - i % 8] for i, s in enumerate(symbols)}, every, True),
         (dict.fromkeys(symbols, 1), every, True),
-        (at(3, reach + 3), few, True),
-        (at(2, 2 * reach + 5), few, True),
+        (at(3, min(reach + 3, most)), few, True),
+        (at(2, min(2 * reach + 5, most)), few, True),
         (at(1, long), ("ones",), True),
     ]
     for real in (*(x + 3 for x in large), whole):
-        if 8 < real <= LONGEST:
+        if 8 < real <= biggest:
             choices.append((at(1, real), ("ones",), False))
     seen = []
     for sizes, styles, shrinks in choices:

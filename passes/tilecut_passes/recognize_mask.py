@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from tilecut_passes.graph import Graph, number_of, sizes_of, value_of
+from tilecut_passes.graph import Graph, Size, number_of, sizes_of, value_of
 from tilecut_passes.mask_atoms import Atom, Observation, Padding, atoms_of, bound_in_reality, equal, sizes_fit
 from tilecut_passes.mask_probes import (
     LARGE,
@@ -96,7 +96,13 @@ def recognize_mask(graph: Graph, mask: fx.Node, query: fx.Node, key: fx.Node) ->
         return reason
     sizes = (sizes_of(value_of(query))[-2], sizes_of(value_of(key))[-2])
     try:
-        seen = _observe(graph, cone, mask, *sizes)
+        try:
+            seen = _observe(graph, cone, mask, *sizes, shrink=True)
+        except ProbeError:
+            # A table as long as the literal says is no shorter with a smaller one.
+            if not any(x > LARGE for x in literals_of(cone)):
+                raise
+            seen = _observe(graph, cone, mask, *sizes, shrink=False)
     except ProbeError as e:
         return str(e)
     meaning = _decide(graph, cone, seen)
@@ -107,7 +113,9 @@ def recognize_mask(graph: Graph, mask: fx.Node, query: fx.Node, key: fx.Node) ->
     return _with_bias(cone, seen, meaning)
 
 
-def _observe(graph: Graph, cone: list[fx.Node], mask: fx.Node, queries: object, keys: object) -> list[Observation]:
+def _observe(
+    graph: Graph, cone: list[fx.Node], mask: fx.Node, queries: Size, keys: Size, shrink: bool
+) -> list[Observation]:
     """What the mask does on every probe.
 
     Raises:
@@ -115,11 +123,13 @@ def _observe(graph: Graph, cone: list[fx.Node], mask: fx.Node, queries: object, 
     """
     seen: list[Observation] = []
     counted, failure = 0, ProbeError("it cannot be computed at any size")
-    for probes in make_probes(graph, cone, (queries, keys)):  # type: ignore[arg-type]
+    shape = value_of(mask).shape
+    heads = shape[1] if len(shape) == 4 and isinstance(shape[1], int) else shape[0] if len(shape) == 3 else 1
+    for probes in make_probes(graph, cone, (queries, keys), heads if isinstance(heads, int) else 1, shrink):
         found = []
         for probe in probes:
             try:
-                found.append(_look(graph, mask, probe, number_of(queries, probe.sizes), number_of(keys, probe.sizes)))  # type: ignore[arg-type]
+                found.append(_look(graph, mask, probe, number_of(queries, probe.sizes), number_of(keys, probe.sizes)))
             except ProbeError as e:
                 # What cannot be computed for plain inputs cannot be computed at these sizes.
                 if set(probe.styles) <= {"ones"} and not probe.literals:
