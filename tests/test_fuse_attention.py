@@ -259,6 +259,17 @@ def by_activation(q, k, v, mask):
     return (scores(q, k) / v.sum(-1, keepdim=True)).softmax(-1) @ v
 
 
+def over_pairs(q, k, v, mask):
+    b, h, s, _ = q.shape
+    return scores(q, k).reshape(b, h, s * s).softmax(-1).reshape(b, h, s, s) @ v
+
+
+def with_windows(q, k, v, mask):
+    b, h, s, _ = q.shape
+    shifted = scores(q, k).reshape(b, 1, h, s, s) + padded(mask)[:, None]
+    return shifted.softmax(-1).reshape(b, h, s, s) @ v
+
+
 def two_products(q, k, v, mask):
     return (scores(q, k) + scores(k, q)).softmax(-1) @ v
 
@@ -274,6 +285,8 @@ def two_products(q, k, v, mask):
         (squared, "its scores come from aten.pow.Tensor_Scalar, not from a matmul of queries and keys"),
         (over_queries, "its softmax does not run over the keys"),
         (by_activation, "its scores are multiplied by aten.div.Tensor with no constant"),
+        (over_pairs, "its attention weights pass aten.reshape.default"),
+        (with_windows, "its mask has more than 4 dimensions"),
         (two_products, "its scores are made of two matmuls"),
     ],
 )

@@ -186,7 +186,7 @@ def _weighted_sum(softmax: fx.Node) -> fx.Node | str:
             return user
         if is_call(user, aten.dropout.default) and arguments(user)["train"]:
             return f"it has dropout {arguments(user)['p']}"
-        if not is_call(user, *CASTS, aten.dropout.default) and not keeps_order(user):
+        if not is_call(user, *CASTS, aten.dropout.default) and not keeps_pairs(user):
             return f"its attention weights pass {user.target}"
         node = user
 
@@ -233,7 +233,7 @@ class _Chain:
         value = value_of(node)
         if is_call(node, *PRODUCTS) and value.ndim >= 3 and all(value_of(n).ndim >= 3 for n in node.all_input_nodes):
             return node, ()
-        alone = is_call(node, *CASTS, aten.tanh.default, *FILLS) or keeps_order(node) or _does_nothing(node)
+        alone = is_call(node, *CASTS, aten.tanh.default, *FILLS) or keeps_pairs(node) or _does_nothing(node)
         if not alone and not is_call(node, *FACTORS, *SUMS, *WHERES, *BOUNDS):
             return f"its scores come from {node.target}, not from a matmul of queries and keys"
         if is_call(node, *SUMS) and arguments(node)["alpha"] != 1:
@@ -318,6 +318,14 @@ def keeps_order(node: fx.Node) -> bool:
     if is_call(node, aten.transpose.int, aten.permute.default):
         return [s for s in _permuted(node)[0] if before[s] != 1] == [s for s in range(len(before)) if before[s] != 1]
     return not is_call(node, aten.expand.default) or [s for s in before if s != 1] == [s for s in after if s != 1]
+
+
+def keeps_pairs(node: fx.Node) -> bool:
+    """Whether a call keeps the order of elements, and queries and keys the last two dimensions but for ones."""
+    if not keeps_order(node):
+        return False
+    before, after = ([s for s in sizes_of(value_of(n)) if s != 1][-2:] for n in (source(node), node))
+    return before == after
 
 
 def _permuted(node: fx.Node) -> tuple[list[int], int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from tilecut_passes.find_attention import Attention, Operand, find_attention, is_batched_add, keeps_order
 from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, map_nodes, sizes_of, source, value_of
@@ -64,6 +64,8 @@ class _Shared:
 
 def _fuse(graph: Graph, found: Attention, shared: _Shared) -> str | None:
     """Put the op in the place of an attention, or say why it does not fit."""
+    if any(value_of(mask).ndim > 4 for mask in found.masks if isinstance(value_of(mask), Tensor)):
+        return "its mask has more than 4 dimensions"
     with calls_before(graph, found.result) as call:
         q, k, v = (_apart(call, x, found.heads) for x in (found.q, found.k, found.v))
         k, v = _grouped(k, v)
