@@ -322,7 +322,7 @@ SPELLINGS: dict[str, Spelling] = {
         slow=True,
     ),
     "bart_eager": Spelling(
-        lambda: hf.BartModel(hf.BartConfig(**SEQ2SEQ_ONE, **EAGER)), ("padding", "causal", "padding")
+        lambda: hf.BartModel(hf.BartConfig(**SEQ2SEQ_ONE, **EAGER)), ("padding", "causal", "padding"), slow=True
     ),
     "whisper": Spelling(
         lambda: hf.WhisperModel(
@@ -338,7 +338,7 @@ SPELLINGS: dict[str, Spelling] = {
     "multihead_attention_weights": Spelling(torch_module(MHA, weights=True), PADDED),
     "multihead_attention_causal": Spelling(torch_module(MHA, causal=True, weights=True), CAUSAL),
     "encoder_layer": Spelling(torch_module(ENCODER), PADDED, slow=True),
-    "encoder_layer_causal": Spelling(torch_module(ENCODER, causal=True), CAUSAL),
+    "encoder_layer_causal": Spelling(torch_module(ENCODER, causal=True), CAUSAL, slow=True),
     "baddbmm": Spelling(hand(baddbmm), PADDED),
     "einsum": Spelling(hand(einsum), PADDED),
     "scale_on_query": Spelling(hand(on_query), PADDED),
