@@ -39,13 +39,13 @@ class Spellings(nn.Module):
         self.q, self.k, self.v = (nn.Linear(8, HEADS * WIDTH) for _ in range(3))
         self.bare = nn.Linear(8, HEADS * WIDTH, bias=False)
         self.qkv = nn.Linear(8, 3 * HEADS * WIDTH)
-        self.wide = nn.Linear(8, HEADS * 6)
+        self.wide, self.one = nn.Linear(8, HEADS * 6), nn.Linear(8, WIDTH)
         self.slopes = nn.Parameter(torch.zeros(HEADS))
 
     def forward(self, keep, x, y):
         b, s, _ = x.shape
         q, k, v = apart(x, self.q), apart(x, self.k), apart(x, self.v)
-        ks, vs = apart(y, self.k), apart(y, self.v)
+        ks, vs, one = apart(y, self.k), apart(y, self.v), apart(x, self.one, 1)
         together = [z.transpose(1, 2) for z in self.qkv(x).view(b, s, 3, HEADS, WIDTH).unbind(2)]
         places = torch.arange(s, device=x.device)
         near = (places[:, None] - places).abs()
@@ -67,6 +67,11 @@ class Spellings(nn.Module):
             "separate_wide_values": folded(attention(q, k, apart(x, self.wide), keep)),
             "separate_bias_padded": folded(attention(q, k, v, keep, bias, causal="top_left")),
             "separate_hidden": folded(attention(q, k, v, keep, hidden)),
+            "separate_groups": folded(attention(q, one, one, keep)),
+            "separate_window": folded(attention(q, k, v, keep, window=(3, -1), causal="top_left")),
+            "separate_band": folded(attention(q, k, v, keep, bias, window=(3, 4))),
+            "separate_global": folded(attention(q, k, v, keep, window=(2, 2), global_tokens=1)),
+            "separate_cross_window": folded(attention(q, ks, vs, window=(3, 20), global_tokens=3)),
         }
 
 
@@ -75,16 +80,13 @@ class Refused(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.q, self.one = nn.Linear(8, HEADS * WIDTH), nn.Linear(8, WIDTH)
+        self.q = nn.Linear(8, HEADS * WIDTH)
         self.slopes = nn.Parameter(torch.zeros(HEADS))
 
     def forward(self, keep, x, y):
-        q, k, other = apart(x, self.q), apart(x, self.one, 1), apart(y, self.q)
+        q, other = apart(x, self.q), apart(y, self.q)
         row = x.sum(-1)[:, None, None, :]
         return {
-            "groups": attention(q, k, k, keep),
-            "window": attention(q, q, q, keep, window=(2, -1)),
-            "global_tokens": attention(q, q, q, keep, global_tokens=1),
             "softcap": attention(q, q, q, keep, softcap=2.0),
             "alibi": attention(q, q, q, keep, None, self.slopes),
             "top_left": attention(q, other, other, causal="top_left"),
@@ -95,11 +97,7 @@ class Refused(nn.Module):
 
 
 REASONS = {
-    "groups": "3 query heads on 1 KV heads: the fused ops of the CPU provider take one each",
-    **dict.fromkeys(
-        ("window", "global_tokens", "softcap", "alibi"),
-        "window, global tokens, soft-cap or ALiBi: the fused ops of the CPU provider have none",
-    ),
+    **dict.fromkeys(("softcap", "alibi"), "soft-cap or ALiBi: the fused ops of the CPU provider have none"),
     "top_left": "top_left causal attention between different numbers of queries and keys",
     "bottom_right": "bottom_right causal attention between different numbers of queries and keys",
     "row_bias": "a bias that is broadcast over queries or keys",
@@ -208,7 +206,7 @@ def test_attributes_are_the_ops(path):
     held = [{a.name: onnx.helper.get_attribute_value(a) for a in n.attribute} for n in fused]
     assert {a["num_heads"] for a in held} == {HEADS}
     assert sorted({round(a["scale"], 4) for a in held}) == [0.4, 0.5, 0.6]
-    assert sum(a["unidirectional"] for a in held) == 4
+    assert sum(a["unidirectional"] for a in held) == 5
     assert all("qkv_hidden_sizes" not in a for a in held)
     assert ("com.microsoft", 1) in {(o.domain, o.version) for o in model.opset_import}
 

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from tilecut_passes.axes.axis import Axis
 from tilecut_passes.axes.groups import Group, find_groups
 from tilecut_passes.axes.infer import Axes, infer
-from tilecut_passes.fuse_attention import Attention, FuseAttention
+from tilecut_passes.find_attention import Attention, find_attention
 from tilecut_passes.graph import Graph, map_nodes, sizes_of, value_of
 from tilecut_passes.plan import PrunePlan
 from tilecut_runtime.errors import VerificationError
@@ -127,8 +127,8 @@ def _holds(types: Any, leaves: set[Axis]) -> bool:
 def _needed(axes: Axes, inside: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
     """The values that a region takes from outside, and the nodes that it copies."""
     dynamic = _from_inputs(axes.graph)
-    fuse = FuseAttention()
-    masks = {found.mask for n in inside if isinstance(found := fuse.match(n), Attention) and found.mask is not None}
+    matched = [found for n in inside if isinstance(found := find_attention(axes.graph, n), Attention)]
+    masks = {mask for found in matched for mask in found.masks}
     mask_nodes = _ancestors(masks)
 
     def is_input(node: fx.Node) -> bool:

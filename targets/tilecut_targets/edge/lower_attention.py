@@ -4,9 +4,10 @@ Before: tilecut::attention(q, k, v, key_padding, bias), heads apart: [B, H, S, D
 After, the first form that fits:
     packed      com.microsoft::Attention(x, Wqkv, bqkv, mask): q, k and v are linear layers of one x; the three weights
                 are packed here, at compile time
-    separate    com.microsoft::MultiHeadAttention(q, k, v, .., mask, bias): heads folded into the last dimension
-Left alone, with the reason in `graph.refusals` (the exporter then writes MatMul and Softmax): grouped queries, windows,
-global tokens, soft-caps, ALiBi in the op, dropout, and causal attention whose queries and keys differ in number.
+    separate    com.microsoft::MultiHeadAttention(q, k, v, .., mask, bias): heads folded into the last dimension, key and
+                value heads repeated for grouped queries, a window with its global tokens written into the bias
+Left alone, with the reason in `graph.refusals` (the exporter then writes MatMul and Softmax): soft-caps, ALiBi in the
+op, dropout, and causal attention whose queries and keys differ in number.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, sizes_of, source, value_of
 from tilecut_targets.decompose_attention import finite
 from tilecut_targets.edge import ort_ops
+from tilecut_targets.window_bias import window_bias
 
 aten = torch.ops.aten
 
@@ -43,10 +45,8 @@ class LowerAttention:
         q, k = value_of(a["q"]), value_of(a["k"])
         if a["dropout_p"]:
             return "dropout: the fused ops of the CPU provider have none"
-        if q.shape[1] != k.shape[1]:
-            return f"{q.shape[1]} query heads on {k.shape[1]} KV heads: the fused ops of the CPU provider take one each"
-        if list(a["window"]) != [-1, -1] or a["global_tokens"] or a["softcap"] or a["alibi_slopes"] is not None:
-            return "window, global tokens, soft-cap or ALiBi: the fused ops of the CPU provider have none"
+        if a["softcap"] or a["alibi_slopes"] is not None:
+            return "soft-cap or ALiBi: the fused ops of the CPU provider have none"
         if a["causal"] != "none" and sizes_of(q)[2] != sizes_of(k)[2]:
             return f"{a['causal']} causal attention between different numbers of queries and keys"
         if a["bias"] is not None and any(
@@ -59,6 +59,7 @@ class LowerAttention:
         """Lower in place; returns the number of attentions."""
         masks: dict[fx.Node, fx.Node] = {}
         biases: dict[fx.Node, fx.Node] = {}
+        windows: dict[tuple[Any, ...], fx.Node | None] = {}
         count = 0
         for node in [n for n in graph.nodes if is_call(n, torch.ops.tilecut.attention.default)]:
             if reason := self.match(node):
@@ -68,7 +69,7 @@ class LowerAttention:
             mask = _once(graph, node, a["key_padding"], masks, aten._to_copy.default, dtype=torch.int32)
             parts = [p for name in "qkv" if (p := find_projection(graph, a[name])) is not None]
             one = len(parts) == 3 and len({(p.source, p.weight.shape) for p in parts}) == 1
-            bias = _once(graph, node, a["bias"], biases, finite)
+            bias = _with_window(graph, node, _once(graph, node, a["bias"], biases, finite), windows)
             folded = (
                 _packed(graph, node, a, mask, parts) if one and bias is None else _separate(graph, node, a, mask, bias)
             )
@@ -123,6 +124,10 @@ def _separate(graph: Graph, node: fx.Node, a: dict[str, Any], mask: fx.Node | No
         for name in "qkv":
             heads = a[name]
             apart = source(heads) if swaps_heads(heads) else call(aten.transpose.int, heads, 1, 2)
+            if (repeats := value_of(a["q"]).shape[1] // value_of(heads).shape[1]) > 1:
+                wide = call(aten.unsqueeze.default, apart, 3)
+                wide = call(aten.expand.default, wide, [-1, -1, -1, repeats, -1])
+                apart = call(aten.flatten.using_ints, wide, 2, 3)
             folded.append(call(aten.flatten.using_ints, apart, 2, 3))
         return call(
             ort_ops.multi_head_attention,
@@ -133,6 +138,22 @@ def _separate(graph: Graph, node: fx.Node, a: dict[str, Any], mask: fx.Node | No
             a["scale"],
             a["causal"] != "none",
         )
+
+
+def _with_window(
+    graph: Graph, node: fx.Node, bias: fx.Node | None, made: dict[tuple[Any, ...], fx.Node | None]
+) -> fx.Node | None:
+    """The bias with the window, which is made once for all attentions that have the same."""
+    a = arguments(node)
+    sizes = [str(s) for name in "qk" for s in (sizes_of(value_of(a[name]))[2], value_of(a[name]).dtype)]
+    key = (*a["window"], a["global_tokens"], a["causal"], *sizes)
+    if key not in made:
+        made[key] = window_bias(graph, node, node)
+    window = made[key]
+    if window is None or bias is None:
+        return bias or window
+    with calls_before(graph, node) as call:
+        return call(aten.add.Tensor, bias, window)
 
 
 def _once(
