@@ -20,4 +20,4 @@ def repair_dot() -> None:
     def create_dot(self, a, b, *rest):
         return dot(self, as_float32(a), as_float32(b), *rest)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.create_dot = create_dot  # type: ignore[method-assign]

@@ -355,7 +355,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, tile: Tile
     if 0 in grid:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
 
 
 def widths(name: str, width: int) -> dict[str, Any]:

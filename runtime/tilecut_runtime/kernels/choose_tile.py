@@ -65,8 +65,8 @@ def known_arch(arch: str) -> str:
 
 
 def _parse(arch: str) -> tuple[str, int]:
-    """("sm_", 90) of "sm_90"; AMD counts in base 16."""
-    family, number = re.fullmatch(
-        r"(sm_|gfx)([0-9a-f]+)", arch.removesuffix("a") if arch[:3] == "sm_" else arch
-    ).groups()  # type: ignore[union-attr]
-    return family, int(number, 16)
+    """("sm_", 0x90) of "sm_90": AMD counts in base 16, and NVIDIA's numbers keep their order in it."""
+    found = re.fullmatch(r"(sm_|gfx)([0-9a-f]+)", arch)
+    if not found:
+        raise KeyError(f"not an architecture: {arch}")
+    return found[1], int(found[2], 16)
