@@ -12,7 +12,7 @@ delta = rowsum(out * grad):
 import triton
 import triton.language as tl
 
-from .attention_tile import (
+from tilecut_runtime.kernels.attention_tile import (
     LOG2E,
     SPARSE_BLOCK,
     add_product,

@@ -8,7 +8,7 @@ the parts, weighted by exp2 of those logarithms, add up to the whole.
 import triton
 import triton.language as tl
 
-from .attention_tile import (
+from tilecut_runtime.kernels.attention_tile import (
     LN2,
     add_product,
     adjust_scores,

@@ -10,7 +10,7 @@ A row that sees no key gives 0 and a logarithm of -inf.
 import triton
 import triton.language as tl
 
-from .attention_tile import (
+from tilecut_runtime.kernels.attention_tile import (
     LN2,
     LOG2E,
     SPARSE_BLOCK,
