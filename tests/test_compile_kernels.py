@@ -32,6 +32,9 @@ def check(binary) -> None:
         assert binary.spills == 0, binary
     if binary.variant.dtype == "fp32" or binary.kernel in ("delta", "combine"):
         return
+    # Backward tiles of wide heads are too small for Hopper's instructions: docs/cuda_kernels.md.
+    if binary.arch == "sm_90" and binary.kernel != "forward" and binary.variant.width > 64:
+        return
     if binary.arch == "sm_90" and binary.kernel != "decode":
         assert binary.instructions["HGMMA"] > 0
     if binary.arch == "sm_100" and binary.kernel == "forward" and binary.tile.block_m >= 64:
