@@ -1,0 +1,1 @@
+"""Triton kernels: importing only triton, so that other builds of it can load them too."""
