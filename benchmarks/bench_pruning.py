@@ -28,7 +28,7 @@ from demo import console, minilm_folder, torch_encoder
 from sections import LENGTH, SECTIONS, Encoder, Judge, embed, read_sections
 from tilecut import PruneConfig
 from tilecut.cut_model import cut_model
-from tilecut.mix_texts import general_passages
+from tilecut.mix_texts import MIXTURE, general_passages
 from tilecut.prepare import Prepared, prepare
 from tilecut.progress import Progress
 from tilecut.recovery_config import Recovery
@@ -97,10 +97,14 @@ class Bench:
         # What a sentence encoder is used for; the pooler's output is not.
         used = ("last_hidden_state",)
         # Nothing but the task's own text, as in the paper: general text beside it costs its method much.
-        more = {"mixture": 0.0} if method == "fisher" else {}
-        cache = str(self.scratch)
         return PruneConfig(
-            sparsity=1 - keep, method=method, outputs=used, seed=seed, cache=cache, finetune=recovery, **more
+            sparsity=1 - keep,
+            method=method,
+            outputs=used,
+            seed=seed,
+            cache=str(self.scratch),
+            finetune=recovery,
+            mixture=0.0 if method == "fisher" else MIXTURE,
         )
 
     def ours(self, method: str, seed: int, budgets: Sequence[float], recovery: Recovery | None = None) -> None:

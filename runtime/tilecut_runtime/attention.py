@@ -215,8 +215,13 @@ def _backward_cuda(grad, q, k, v, out, lse, key_padding, bias, alibi_slopes, dro
     # Imports triton.
     from tilecut_runtime.launch_attention import backward as launch
 
+    grad, q, k, v, out = last_contiguous(grad, q, k, v, out)
     grads = launch(
-        *last_contiguous(grad, q, k, v, out),
+        grad,
+        q,
+        k,
+        v,
+        out,
         lse,
         max_q=q.shape[2],
         max_k=k.shape[2],
