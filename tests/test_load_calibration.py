@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from checks import TEXTS, TinyMlp, bert_graph, mlp_graph, text_batch, tiny_bert
+from tilecut.config import PruneConfig
 from tilecut.load_calibration import Calibration, hold_out, load_calibration
 from tilecut.mix_texts import GENERAL, general_passages
 from tilecut.read_rows import MAX_ROWS
@@ -92,7 +93,7 @@ def test_the_mixture_is_that_fraction_of_the_fitted_tokens(bert):
         # In-domain is what the caller gave, and general text is reported whatever is mixed.
         assert set(rows(got.held_out)) <= own
         assert len(rows(got.general)) == len(general_passages()[1])
-    assert load(WORDS, bert).source == load(WORDS, bert, mixture=0.25).source
+    assert load(WORDS, bert).source == load(WORDS, bert, mixture=PruneConfig().mixture).source
 
 
 @pytest.mark.parametrize("given", [WORDS, [{"input_ids": torch.randint(4, SIZE, (8, 9)), **PLAIN} for _ in range(20)]])
