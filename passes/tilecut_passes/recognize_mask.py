@@ -191,13 +191,7 @@ def _meaning(atoms: Iterable[Atom], shift: str, causal: str, n: int) -> MaskMean
         if atom.kind == "causal":
             meaning = replace(meaning, causal=causal)
         elif atom.kind in ("left", "right", "window"):
-            bounds = (
-                atom.value
-                if atom.kind == "window"
-                else (atom.value, None)
-                if atom.kind == "left"
-                else (None, atom.value)
-            )
+            bounds = {"window": atom.value, "left": (atom.value, None), "right": (None, atom.value)}[atom.kind]
             found = [bound_in_reality(x) for x in bounds]
             if any(x is not None and y < 0 for x, y in zip(bounds, found)):
                 return f"its window ends before the query itself ({found[0]}, {found[1]})"

@@ -19,7 +19,7 @@ Where a gradient is needed it runs `tilecut::attention_forward`, which keeps the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -160,7 +160,7 @@ def _forward_cuda(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **opti
     # Imports triton.
     from tilecut_runtime.launch_attention import forward as launch
 
-    out, lse = launch(
+    return launch(
         *last_contiguous(q, k, v),
         max_q=q.shape[2],
         max_k=k.shape[2],
@@ -170,7 +170,6 @@ def _forward_cuda(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **opti
         dropout_seed=dropout_seed,
         **options,
     )
-    return out.contiguous(), lse.contiguous()
 
 
 _forward = torch.library.custom_op("tilecut::attention_forward", _forward_cpu, mutates_args=(), device_types="cpu")
@@ -274,12 +273,16 @@ def refuse_slopes(where: str) -> None:
     raise InputError(where, "alibi_slopes gets no gradient", fix=fix)
 
 
-def _attention_autograd(q, k, v, key_padding, bias, alibi_slopes, *, dropout_seed=None, **options):
-    given = (q, k, v, key_padding, bias, alibi_slopes)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
-        return _Differentiable.apply(*given, dropout_seed, options)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.tilecut.attention(*given, **options, dropout_seed=dropout_seed)
+def differentiable_where_needed(op: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The Autograd implementation of `tilecut::op`: `function` where a gradient is needed, else the op itself."""
+
+    def run(*given: Tensor | None, dropout_seed: Tensor | None = None, **options: Any) -> Any:
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+            return function.apply(*given, dropout_seed, options)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.tilecut, op)(*given, **options, dropout_seed=dropout_seed)
+
+    return run
 
 
 def _attention_cpu(q, k, v, key_padding, bias, alibi_slopes, *, dropout_seed=None, **options):
@@ -300,7 +303,7 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("attention", _attention_cpu, "CPU")
 _LIBRARY.impl("attention", _attention_cuda, "CUDA")
-_LIBRARY.impl("attention", _attention_autograd, "Autograd")
+_LIBRARY.impl("attention", differentiable_where_needed("attention", _Differentiable), "Autograd")
 
 
 @torch.library.register_fake("tilecut::attention", lib=_LIBRARY)

@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from tilecut_runtime.errors import InputError
+from tilecut_runtime.transpose_blocks import BLOCK
 
 CAUSAL = ("none", "top_left", "bottom_right")
 # Of the kernels; the naive twin takes any.
 CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_WIDTH_MULTIPLE, HEAD_WIDTH_LIMIT = 8, 256
-# Queries and keys of a block of the block list.
-BLOCK = 64
 
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -33,14 +32,7 @@ def check_dense(
     key_padding: Tensor | None,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
-    *,
-    causal: str,
-    window: Sequence[int],
-    global_tokens: int,
-    softcap: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    **_: object,
+    **options: Any,
 ) -> None:
     """Refuse arguments that `tilecut::attention` cannot take."""
     where = "tilecut.attention"
@@ -75,7 +67,7 @@ def check_dense(
             )
     _check_slopes(where, q, alibi_slopes)
     _check_devices(where, q, key_padding=key_padding, bias=bias)
-    _check_options(where, q, causal, window, global_tokens, softcap, dropout_p, dropout_seed)
+    _check_options(where, q, **options)
 
 
 def check_packed(
@@ -87,14 +79,7 @@ def check_packed(
     block_offsets: Tensor | None,
     block_indices: Tensor | None,
     alibi_slopes: Tensor | None,
-    *,
-    causal: str,
-    window: Sequence[int],
-    global_tokens: int,
-    softcap: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    **_: object,
+    **options: Any,
 ) -> None:
     """Refuse arguments that `tilecut::attention_varlen` cannot take, as far as their values do not matter."""
     where = "tilecut.attention_varlen"
@@ -145,7 +130,7 @@ def check_packed(
         block_offsets=block_offsets,
         block_indices=block_indices,
     )
-    _check_options(where, q, causal, window, global_tokens, softcap, dropout_p, dropout_seed)
+    _check_options(where, q, **options)
 
 
 def check_packed_values(
@@ -308,12 +293,14 @@ def _check_devices(where: str, q: Tensor, **tensors: Tensor | None) -> None:
 def _check_options(
     where: str,
     q: Tensor,
+    *,
     causal: str,
     window: Sequence[int],
     global_tokens: int,
     softcap: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    **_: object,
 ) -> None:
     if causal not in CAUSAL:
         raise InputError(where, "unknown causal", got=repr(causal), wanted=" or ".join(CAUSAL))

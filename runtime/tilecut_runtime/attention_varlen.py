@@ -24,8 +24,17 @@ import torch
 from torch import Tensor
 
 from tilecut_runtime import naive_attention
-from tilecut_runtime.attention import autocast, contiguous, draw_seed, last_contiguous, refuse_slopes, wide
-from tilecut_runtime.attention_checks import BLOCK, check_packed, check_packed_values
+from tilecut_runtime.attention import (
+    autocast,
+    contiguous,
+    differentiable_where_needed,
+    draw_seed,
+    last_contiguous,
+    refuse_slopes,
+    wide,
+)
+from tilecut_runtime.attention_checks import check_packed, check_packed_values
+from tilecut_runtime.transpose_blocks import BLOCK
 
 
 def attention_varlen(
@@ -139,7 +148,7 @@ def _forward_cuda(
     # Imports triton.
     from tilecut_runtime.launch_attention import forward as launch
 
-    out, lse = launch(
+    return launch(
         *last_contiguous(q, k, v),
         cu_q=cu_seqlens_q.contiguous(),
         cu_k=cu_seqlens_k.contiguous(),
@@ -151,7 +160,6 @@ def _forward_cuda(
         dropout_seed=dropout_seed,
         **kw,
     )
-    return out.contiguous(), lse.contiguous()
 
 
 def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +228,7 @@ def _backward_cuda(
         dropout_seed=dropout_seed,
         **options,
     )
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return dq, dk, dv
 
 
 @_backward.register_fake
@@ -250,14 +258,6 @@ class _Differentiable(torch.autograd.Function):
         return (*found, *(None,) * 7)
 
 
-def _autograd(q, k, v, *tables, dropout_seed=None, **options):
-    given = (q, k, v, *tables)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
-        return _Differentiable.apply(*given, dropout_seed, options)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.tilecut.attention_varlen(*given, **options, dropout_seed=dropout_seed)
-
-
 _LIBRARY = torch.library.Library("tilecut", "FRAGMENT")
 _LIBRARY.define(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? block_offsets, "
@@ -267,7 +267,7 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("attention_varlen", _forward, "CPU")
 _LIBRARY.impl("attention_varlen", _forward_cuda, "CUDA")
-_LIBRARY.impl("attention_varlen", _autograd, "Autograd")
+_LIBRARY.impl("attention_varlen", differentiable_where_needed("attention_varlen", _Differentiable), "Autograd")
 
 
 @torch.library.register_fake("tilecut::attention_varlen", lib=_LIBRARY)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -35,27 +35,30 @@ class Problem:
     """The arguments that `forward` and `backward` share; see `attention` for their meaning.
 
     Dense: q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, E]. Packed, with cu_q and cu_k int32 [N + 1]: [T, H, .].
+    key_padding and bias are of dense tensors; max_q and max_k are Sq and Sk there, and bounds of the lengths of packed
+    ones.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    cu_q: Tensor | None
-    cu_k: Tensor | None
+    _: KW_ONLY
     max_q: int
     max_k: int
-    key_padding: Tensor | None
-    bias: Tensor | None
-    alibi_slopes: Tensor | None
-    block_offsets: Tensor | None
-    block_indices: Tensor | None
     scale: float
     causal: str
-    window: tuple[int, int]
+    window: Sequence[int]
     global_tokens: int
     softcap: float
     dropout_p: float
-    dropout_seed: Tensor | None
+    cu_q: Tensor | None = None
+    cu_k: Tensor | None = None
+    key_padding: Tensor | None = None
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    block_offsets: Tensor | None = None
+    block_indices: Tensor | None = None
+    dropout_seed: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -86,8 +89,8 @@ class Problem:
             "GROUP": self.group,
             **widths("D", self.k.shape[-1]),
             **widths("E", self.v.shape[-1]),
-            "SCALE": self.scale,
-            "SOFTCAP": self.softcap,
+            "SCALE": float(self.scale),
+            "SOFTCAP": float(self.softcap),
             "CAUSAL": self.causal != "none",
             "TOP_LEFT": self.causal == "top_left",
             "LEFT": left,
@@ -201,7 +204,7 @@ class Problem:
     @property
     def dropout(self) -> dict[str, Any]:
         """The seed, and the probability that a pair is dropped."""
-        return {"Seed": self.dropout_seed if self.dropout_p else None, "DROPOUT": self.dropout_p}
+        return {"Seed": self.dropout_seed if self.dropout_p else None, "DROPOUT": float(self.dropout_p)}
 
 
 def forward(
@@ -209,36 +212,19 @@ def forward(
     k: Tensor,
     v: Tensor,
     *,
-    cu_q: Tensor | None = None,
-    cu_k: Tensor | None = None,
-    max_q: int,
-    max_k: int,
-    key_padding: Tensor | None = None,
-    bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    block_offsets: Tensor | None = None,
-    block_indices: Tensor | None = None,
-    scale: float,
-    causal: str,
-    window: Sequence[int],
-    global_tokens: int,
-    softcap: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None = None,
     tiles: Mapping[str, Tile] | None = None,
+    **given: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): out like q with v's width, contiguous; lse float32 [B, Hq, Sq] or, packed, [Hq, Tq].
 
-    key_padding and bias are of dense tensors; max_q and max_k are Sq and Sk there, and bounds of the lengths of packed
-    ones. tiles: by direction ("forward", "decode"), instead of the table's.
+    given: what `Problem` holds. tiles: by direction ("forward", "decode"), instead of the table's.
     """
-    p = _problem(q, k, v, cu_q, cu_k, max_q, max_k, key_padding, bias, alibi_slopes, block_offsets, block_indices,
-                 scale, causal, window, global_tokens, softcap, dropout_p, dropout_seed)  # fmt: skip
+    p = Problem(_rows(q), _rows(k), _rows(v), **given)
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
     lse = torch.empty(p.lse_shape, dtype=torch.float32, device=q.device)
     if not p.batch:
         return out, lse
-    if max_q * p.group <= DECODE_ROWS and block_offsets is None and not dropout_p:
+    if p.max_q * p.group <= DECODE_ROWS and p.block_offsets is None and not p.dropout_p:
         _decode(p, out, lse, tiles)
         return out, lse
     tile = p.tile("forward", tiles)
@@ -256,35 +242,19 @@ def backward(
     out: Tensor,
     lse: Tensor,
     *,
-    cu_q: Tensor | None = None,
-    cu_k: Tensor | None = None,
-    max_q: int,
-    max_k: int,
-    key_padding: Tensor | None = None,
-    bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    block_offsets: Tensor | None = None,
-    block_indices: Tensor | None = None,
-    scale: float,
-    causal: str,
-    window: Sequence[int],
-    global_tokens: int,
-    softcap: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None = None,
     need_dbias: bool = True,
     tiles: Mapping[str, Tile] | None = None,
+    **given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dbias), contiguous and of their tensors' dtypes; dbias is None without a bias or a need for it.
 
     out, lse: what `forward` gave for the same arguments. tiles: of the directions "dq" and "dkdv".
     """
-    p = _problem(q, k, v, cu_q, cu_k, max_q, max_k, key_padding, bias, alibi_slopes, block_offsets, block_indices,
-                 scale, causal, window, global_tokens, softcap, dropout_p, dropout_seed)  # fmt: skip
+    p = Problem(_rows(q), _rows(k), _rows(v), **given)
     grad, out = _rows(grad), _rows(out)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not p.batch:
-        return dq, dk, dv, None if bias is None or not need_dbias else torch.zeros_like(bias)
+        return dq, dk, dv, None if p.bias is None or not need_dbias else torch.zeros_like(p.bias)
     delta = torch.empty(p.lse_shape, dtype=torch.float32, device=q.device)
     shared = {"Lse": lse.contiguous(), "Delta": delta, "Grad": grad, **p.strides("grad", grad), **p.lse_strides()}
     shared |= {**p.inputs, **p.options, **p.dropout}
@@ -308,8 +278,8 @@ def backward(
     _launch(attention_dq, (programs,), q.device, tile, **shared, **order, **p.sparse(), DQ=dq, **p.strides("dq", dq),
             DBias=dscores, dbias_batch=batch, dbias_head=head, dbias_row=row, **_sides(tile))  # fmt: skip
     dbias = None
-    if dscores is not None and bias is not None:
-        dbias = dscores.sum_to_size(bias.shape).to(bias.dtype)
+    if dscores is not None and p.bias is not None:
+        dbias = dscores.sum_to_size(p.bias.shape).to(p.bias.dtype)
     return dq, dk, dv, dbias
 
 
@@ -338,16 +308,6 @@ def _decode(p: Problem, out: Tensor, lse: Tensor, tiles: Mapping[str, Tile] | No
     _launch(attention_combine, (pairs, p.max_q * p.group), p.q.device, tile, **sizes, Out=out, Lse=lse, CuQ=p.cu_q,
             max_q=p.max_q, **p.strides("out", out), **p.lse_strides(), GROUP=p.group, **widths("E", width),
             BLOCK_M=DECODE_ROWS, SPLITS=1 << (splits - 1).bit_length())  # fmt: skip
-
-
-def _problem(q, k, v, cu_q, cu_k, max_q, max_k, key_padding, bias, alibi_slopes, block_offsets, block_indices,
-             scale, causal, window, global_tokens, softcap, dropout_p, dropout_seed) -> Problem:  # fmt: skip
-    left, right = window
-    return Problem(
-        _rows(q), _rows(k), _rows(v), cu_q, cu_k, max_q, max_k, key_padding, bias, alibi_slopes, block_offsets,
-        block_indices, float(scale), causal, (left, right), global_tokens, float(softcap), float(dropout_p),
-        dropout_seed,
-    )  # fmt: skip
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, tile: Tile, **arguments: Any) -> None:

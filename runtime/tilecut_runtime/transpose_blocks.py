@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Queries and keys of a block of the block list.
 BLOCK = 64
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tilecut_runtime.errors import LoweringError
+from tilecut_targets.window_bias import keys_behind, outside_window
 
 
 def decomposed_attention(
@@ -41,25 +42,12 @@ def decomposed_attention(
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + finite(bias)
-    sq, sk = q.shape[-2], k.shape[-2]
-    shift = 0 if causal == "top_left" else sk - sq
-    behind = torch.arange(sq, device=q.device)[:, None] + shift - torch.arange(sk, device=q.device)[None, :]
+    behind = keys_behind(q, k, causal)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes[:, None, None] * behind.abs().to(q.dtype)
     dropped = []
-    left, right = window
-    if left >= 0 or right >= 0:
-        outside = torch.zeros_like(behind, dtype=torch.bool)
-        if left >= 0:
-            outside = outside | (behind > left)
-        if right >= 0:
-            outside = outside | (-behind > right)
-        if global_tokens:
-            is_global = (torch.arange(sk, device=q.device)[None, :] < global_tokens) | (
-                torch.arange(sq, device=q.device)[:, None] + shift < global_tokens
-            )
-            outside = outside & ~is_global
-        dropped.append(outside)
+    if max(window) >= 0:
+        dropped.append(outside_window(behind, window, global_tokens))
     if causal != "none":
         dropped.append(behind < 0)
     if key_padding is not None:

@@ -22,6 +22,7 @@ from tilecut_runtime.kernels.attention_tile import (
     find_rows,
     find_tile,
     key_range,
+    load_bias,
     load_chunks,
     masked_tile,
     query_range,
@@ -69,14 +70,6 @@ def attention_delta(
     for c in tl.static_range(len(out)):
         delta += tl.sum(out[c].to(tl.float32) * grad[c].to(tl.float32), 1)
     tl.store(Delta + batch * lse_batch + head * lse_head + m + local, delta, mask=inside)
-
-
-@triton.jit
-def _load_bias(Bias, m, n, rows, columns, nq, nk, bias_row, bias_column):
-    """The tile of the bias at rows m + rows and columns n + columns, which broadcast."""
-    place = Bias + tl.cast(m, tl.int64) * bias_row + tl.cast(n, tl.int64) * bias_column
-    readable = (m + rows < nq) & (n + columns < nk)
-    return tl.load(place + (rows * bias_row + columns * bias_column), readable, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -164,7 +157,7 @@ def _collect(
     q = load_chunks(Q + wide * q_row, rows * q_row, inside, D_CHUNKS, D, MASKED)
     bias = None
     if Bias is not None:
-        bias = _load_bias(Bias, m, n, rows[None, :], (j - n)[:, None], nq, nk, bias_row, bias_column)
+        bias = load_bias(Bias, m, n, rows[None, :], (j - n)[:, None], nq, nk, bias_row, bias_column)
     p, slack = _weights(
         dot_chunks(k, q, PRECISION), i[None, :], j[:, None], _load_lse(Lse, i, nq)[None, :], KeyPadding, bias, slope,
         nq, nk, shift, SCALE, SOFTCAP, CAUSAL, LEFT, RIGHT, GLOBAL, MASKED,
@@ -381,7 +374,7 @@ def _descend(
     k = load_chunks(K + wide * k_row, columns * k_row, inside, D_CHUNKS, D, MASKED)
     bias = None
     if Bias is not None:
-        bias = _load_bias(Bias, m, n, (i - m)[:, None], columns[None, :], nq, nk, bias_row, bias_column)
+        bias = load_bias(Bias, m, n, (i - m)[:, None], columns[None, :], nq, nk, bias_row, bias_column)
     p, slack = _weights(
         dot_chunks(q, k, PRECISION), i[:, None], j[None, :], lse[:, None], KeyPadding, bias, slope,
         nq, nk, shift, SCALE, SOFTCAP, CAUSAL, LEFT, RIGHT, GLOBAL, MASKED,

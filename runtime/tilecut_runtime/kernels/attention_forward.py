@@ -21,6 +21,7 @@ from tilecut_runtime.kernels.attention_tile import (
     find_rows,
     find_tile,
     key_range,
+    load_bias,
     load_chunks,
     masked_tile,
     scale_rows,
@@ -82,10 +83,7 @@ def _attend(
         factor: tl.constexpr = 1.0
         bias = None
         if Bias is not None:
-            place = Bias + tl.cast(n, tl.int64) * bias_column
-            readable = (i < nq)[:, None] & inside[None, :]
-            bias = tl.load(place + ((i - m)[:, None] * bias_row + columns[None, :] * bias_column), readable, 0.0)
-            bias = bias.to(tl.float32)
+            bias = load_bias(Bias, m, n, (i - m)[:, None], columns[None, :], nq, nk, bias_row, bias_column)
         s, _slack = adjust_scores(s, i[:, None], j[None, :], shift, bias, slope, SCALE, SOFTCAP)
     if MASKED:
         s = tl.where(visible(i[:, None], j[None, :], nq, nk, shift, CAUSAL, LEFT, RIGHT, GLOBAL), s, -float("inf"))
@@ -201,7 +199,7 @@ def attention_forward(
     if KeyPadding is not None:
         KeyPadding += tl.cast(sequence, tl.int64) * padding_batch
     if Bias is not None:
-        Bias += tl.cast(sequence, tl.int64) * bias_batch + wide_head * bias_head + wide_m * bias_row
+        Bias += tl.cast(sequence, tl.int64) * bias_batch + wide_head * bias_head
 
     q = load_chunks(Q + q_start + wide_head * q_head + wide_m * q_row, rows * q_row, i < nq, D_CHUNKS, D, True)
     acc = zero_chunks(BLOCK_M, E_CHUNKS)

@@ -260,6 +260,14 @@ def visible(
 
 
 @triton.jit
+def load_bias(Bias, m, n, rows, columns, nq, nk, bias_row, bias_column):
+    """The tile of the bias at rows m + rows and columns n + columns, which broadcast."""
+    place = Bias + tl.cast(m, tl.int64) * bias_row + tl.cast(n, tl.int64) * bias_column
+    readable = (m + rows < nq) & (n + columns < nk)
+    return tl.load(place + (rows * bias_row + columns * bias_column), readable, 0.0).to(tl.float32)
+
+
+@triton.jit
 def adjust_scores(s, i, j, shift, bias, slope, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Scores times log2(e) from q k^T, and the derivative of the soft-cap (1.0 without one)."""
     slack = 1.0

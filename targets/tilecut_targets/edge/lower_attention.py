@@ -59,7 +59,7 @@ class LowerAttention:
         """Lower in place; returns the number of attentions."""
         masks: dict[fx.Node, fx.Node] = {}
         biases: dict[fx.Node, fx.Node] = {}
-        windows: dict[tuple[Any, ...], fx.Node | None] = {}
+        windows: dict[tuple[Any, ...], fx.Node] = {}
         count = 0
         for node in [n for n in graph.nodes if is_call(n, torch.ops.tilecut.attention.default)]:
             if reason := self.match(node):
@@ -141,19 +141,18 @@ def _separate(graph: Graph, node: fx.Node, a: dict[str, Any], mask: fx.Node | No
 
 
 def _with_window(
-    graph: Graph, node: fx.Node, bias: fx.Node | None, made: dict[tuple[Any, ...], fx.Node | None]
+    graph: Graph, node: fx.Node, bias: fx.Node | None, made: dict[tuple[Any, ...], fx.Node]
 ) -> fx.Node | None:
     """The bias with the window, which is made once for all attentions that have the same."""
     a = arguments(node)
+    if max(a["window"]) < 0:
+        return bias
     sizes = [str(s) for name in "qk" for s in (sizes_of(value_of(a[name]))[2], value_of(a[name]).dtype)]
     key = (*a["window"], a["global_tokens"], a["causal"], *sizes)
-    if key not in made:
-        made[key] = window_bias(graph, node, node)
-    window = made[key]
-    if window is None or bias is None:
-        return bias or window
     with calls_before(graph, node) as call:
-        return call(aten.add.Tensor, bias, window)
+        if key not in made:
+            made[key] = call(window_bias, a["q"], a["k"], a["causal"], list(a["window"]), a["global_tokens"])
+        return made[key] if bias is None else call(aten.add.Tensor, bias, made[key])
 
 
 def _once(
