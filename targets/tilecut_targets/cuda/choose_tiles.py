@@ -3,19 +3,21 @@
     python -m tilecut_targets.cuda.choose_tiles [ARCH...]
 
 writes runtime/tilecut_runtime/kernels/tiles.json. Clean: within the shared memory of the architecture and of those that
-take its tiles, and no spills; where every candidate spills, the one that spills least. A candidate is judged as a causal
-launch of packed sequences. Which of two clean tiles is faster only a GPU can tell: the order of preference, larger tiles
-first (fewer bytes read for each product), is an assumption until it is measured.
+take its tiles, and no spills in any of its `launches`; where every candidate spills, the one that spills least. Which of
+two clean tiles is faster only a GPU can tell: the order of preference, larger tiles first (fewer bytes read for each
+product), is an assumption until it is measured.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
 
 from tilecut_runtime.errors import LoweringError
 from tilecut_runtime.kernels.choose_tile import DIRECTIONS, TABLE, Tile
+from tilecut_targets.cuda.compile_kernels import ARCHS as PROMISED
 from tilecut_targets.cuda.compile_kernels import SHARED_LIMIT, Binary, Variant, compile_kernel
 
 WIDTHS = {16: (16, 32, 64, 96, 128, 192, 256), 32: (32, 64, 128, 256)}
@@ -60,19 +62,31 @@ def candidates(arch: str, direction: str, width: int, bits: int) -> Sequence[Til
     return [Tile(*c) for c in {"forward": forward, "dq": DQ, "dkdv": DKDV}[direction]]
 
 
-def variants(direction: str, width: int, bits: int) -> list[Variant]:
-    """The launches that a tile is judged by; dense ones differ by a few registers and are left to the tests."""
-    inputs = ("CuQ", "CuK") if direction == "decode" else PACKED
-    return [Variant(width, dtype="bf16" if bits == 16 else "fp32", inputs=inputs)]
+def launches(arch: str, direction: str, width: int, bits: int) -> list[tuple[str, Variant]]:
+    """The causal launches, by architecture, that a tile is judged by.
+
+    Where no spills are promised: packed and dense, on every architecture that takes the tile. Wide backward tiles all but
+    spill, and larger ones with a few spills elsewhere are worth more than small ones with none.
+    """
+    packed = ("CuQ", "CuK") if direction == "decode" else PACKED
+    variants = [Variant(width, dtype="bf16" if bits == 16 else "fp32", inputs=inputs) for inputs in (packed, ())]
+    if direction in ("dq", "dkdv") and width > 64:
+        return [(arch, variants[0])]
+    return list(itertools.product(takers(arch), variants))
+
+
+def takers(arch: str) -> list[str]:
+    """Those of the promised architectures that take an architecture's tiles, itself among them."""
+    return [a for a in PROMISED if LIKE.get(a, a) == arch]
 
 
 def shared_limit(arch: str) -> int:
     """Bytes of shared memory on an architecture and on every one that takes its tiles."""
-    return min(SHARED_LIMIT[a] for a in (arch, *LIKE) if a in SHARED_LIMIT and LIKE.get(a, a) == arch)
+    return min(limit for a, limit in SHARED_LIMIT.items() if LIKE.get(a, a) == arch)
 
 
 def choose(arch: str, direction: str, width: int, bits: int) -> tuple[Tile, Sequence[Binary]]:
-    """The tile, and its binaries: one for each variant if none spills.
+    """The tile, and its binaries: one for each launch if none spills.
 
     Raises:
         LoweringError: no candidate fits the shared memory.
@@ -80,9 +94,9 @@ def choose(arch: str, direction: str, width: int, bits: int) -> tuple[Tile, Sequ
     tried = []
     for tile in candidates(arch, direction, width, bits):
         binaries = []
-        for variant in variants(direction, width, bits):
+        for taker, variant in launches(arch, direction, width, bits):
             try:
-                binaries.append(compile_kernel(direction, arch, variant, tile))
+                binaries.append(compile_kernel(direction, taker, variant, tile))
             except LoweringError:
                 break
             if binaries[-1].spills or binaries[-1].shared > shared_limit(arch):
@@ -106,14 +120,20 @@ def main(archs: Sequence[str]) -> None:
                     continue
                 tile, binaries = choose(arch, direction, width, bits)
                 tiles.setdefault(direction, {}).setdefault(str(bits), {})[str(width)] = list(tile)
-                found = ", ".join(f"{b.shared} B, {b.registers} registers, {b.spills} spills" for b in binaries)
+                found = ", ".join(f"{b.arch} {b.shared} B, {b.registers} registers, {b.spills} spills" for b in binaries)
                 print(f"{arch} {direction} {bits} {width}: {list(tile)}: {found}", flush=True)
         table = json.loads(TABLE.read_text()) if TABLE.exists() else {"tiles": {}}
-        for direction in DIRECTIONS:
-            tiles[direction].setdefault("32", (tiles if arch == PLAIN else table["tiles"][PLAIN])[direction]["32"])
         table["tiles"] = dict(sorted({**table["tiles"], arch: tiles}.items()))
+        copy_plain(table["tiles"])
         table["like"] = LIKE
         TABLE.write_text(_format(table))
+
+
+def copy_plain(tiles: dict[str, dict]) -> None:
+    """Give every architecture the float32 tiles of PLAIN."""
+    for held in tiles.values():
+        for direction in DIRECTIONS:
+            held[direction]["32"] = tiles[PLAIN][direction]["32"]
 
 
 def _format(table: dict) -> str:
