@@ -6,14 +6,8 @@ import pytest
 
 from tilecut_runtime.errors import ConfigError, LoweringError
 from tilecut_runtime.kernels.choose_tile import DIRECTIONS, Tile, choose_tile, read_tiles
-from tilecut_targets.cuda.compile_kernels import (
-    AMD_ARCHS,
-    ARCHS,
-    SHARED_LIMIT,
-    Variant,
-    compile_kernel,
-    matrix_work,
-)
+from tilecut_targets.cuda.chips import ARCHS, SHARED_LIMIT
+from tilecut_targets.cuda.compile_kernels import AMD_ARCHS, Variant, compile_kernel, matrix_work
 
 PACKED = ("CuQ", "CuK", "Tiles")
 WIDTHS = sorted(int(w) for w in read_tiles()["tiles"]["sm_90"]["forward"]["16"])

@@ -71,7 +71,7 @@ def test_the_parts_of_a_model_are_the_whole_when_time_is_macs(timed_by_macs, nam
     s = subject(graph_of(name))
     model = cost_of(s)
     assert model.factor == pytest.approx(1) and model.worst < 1e-9 and not model.notes
-    legal = {g.name: measuring.legal_sizes(EDGE, EDGE.lattice(), g) for g in s.groups}
+    legal = {g.name: EDGE.emitted_sizes(EDGE.lattice(), g) for g in s.groups}
     for i in range(4):
         sizes = {g.name: legal[g.name][(3 * i + k) % len(legal[g.name])] for k, g in enumerate(s.groups)}
         assert model.total(sizes) == pytest.approx(1e-6 * s.counter.total(sizes), rel=1e-6)
@@ -210,7 +210,7 @@ def test_a_grid_has_the_ends_and_is_even():
     assert measuring.spread([16, 32], 5) == (16, 32)
     assert measuring.spread([7], 5) == (7,)
     group = types.SimpleNamespace(kind="neurons", size=1500)
-    assert measuring.legal_sizes(EDGE, Lattice({"neurons": 64}, padded={"neurons": 64}), group)[-2:] == [1504, 1536]
+    assert EDGE.emitted_sizes(Lattice({"neurons": 64}, padded={"neurons": 64}), group)[-2:] == [1504, 1536]
 
 
 def test_nothing_to_cut_is_one_clear_error(timed_by_macs):

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class MacTerm:
-    """One contraction: its MACs are the product of the sizes of `axes`."""
+    """One contraction: its MACs are the product of the sizes of `axes`, those of the result and what is contracted."""
 
     node: str
     axes: tuple[Axis, ...]
@@ -64,6 +64,11 @@ class MacCounter:
     def macs_of(self, term: MacTerm, counts: Mapping[str, int] | None = None) -> int:
         """MACs of one contraction."""
         return self._term(term, self._leaves(counts))
+
+    def sizes_of(self, term: MacTerm, counts: Mapping[str, int] | None = None) -> list[int]:
+        """The sizes of a contraction's axes."""
+        leaves = self._leaves(counts)
+        return [self._size(axis, leaves) for axis in term.axes]
 
     def terms_of(self, names: Sequence[str]) -> list[MacTerm]:
         """The contractions that any of the named groups takes part in."""

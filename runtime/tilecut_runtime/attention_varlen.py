@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,18 +149,22 @@ def _forward_cuda(
     # Imports triton.
     from tilecut_runtime.launch_attention import forward as launch
 
-    return launch(
-        *last_contiguous(q, k, v),
-        cu_q=cu_seqlens_q.contiguous(),
-        cu_k=cu_seqlens_k.contiguous(),
-        max_q=max_q,
-        max_k=max_k,
-        alibi_slopes=wide(alibi_slopes),
-        block_offsets=contiguous(block_offsets),
-        block_indices=contiguous(block_indices),
-        dropout_seed=dropout_seed,
-        **kw,
-    )
+    tables = kernel_inputs(cu_seqlens_q, cu_seqlens_k, block_offsets, block_indices, alibi_slopes, dropout_seed)
+    return launch(*last_contiguous(q, k, v), max_q=max_q, max_k=max_k, **tables, **kw)
+
+
+def kernel_inputs(
+    cu_seqlens_q, cu_seqlens_k, block_offsets, block_indices, alibi_slopes, dropout_seed=None
+) -> dict[str, Any]:
+    """The op's tensors besides q, k and v as `launch_attention.Problem` takes them."""
+    return {
+        "cu_q": cu_seqlens_q.contiguous(),
+        "cu_k": cu_seqlens_k.contiguous(),
+        "alibi_slopes": wide(alibi_slopes),
+        "block_offsets": contiguous(block_offsets),
+        "block_indices": contiguous(block_indices),
+        "dropout_seed": dropout_seed,
+    }
 
 
 def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,21 +218,8 @@ def _backward_cuda(
     from tilecut_runtime.launch_attention import backward as launch
 
     grad, q, k, v, out = last_contiguous(grad, q, k, v, out)
-    dq, dk, dv, _ = launch(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_q=cu_seqlens_q.contiguous(),
-        cu_k=cu_seqlens_k.contiguous(),
-        alibi_slopes=wide(alibi_slopes),
-        block_offsets=contiguous(block_offsets),
-        block_indices=contiguous(block_indices),
-        dropout_seed=dropout_seed,
-        **options,
-    )
+    tables = kernel_inputs(cu_seqlens_q, cu_seqlens_k, block_offsets, block_indices, alibi_slopes, dropout_seed)
+    dq, dk, dv, _ = launch(grad, q, k, v, out, lse, **tables, **options)
     return dq, dk, dv
 
 

@@ -1,6 +1,8 @@
 """Attention on a GPU: the launches of the Triton kernels behind `tilecut::attention` and `tilecut::attention_varlen`.
 
-The ops call `forward` and `backward` with checked arguments; what they mean is said in `attention`. The tile comes from
+The ops call `forward` and `backward` with checked arguments; what they mean is said in `attention`. Both make a list of
+`Launch` and start it; `plan_forward` only makes it, so that a compiler can build what a GPU will be asked for (tensors
+may be on the meta device then). The tile comes from
 the table of `kernels/choose_tile`, packed sequences get a list of tiles (`list_tiles`), and few queries the kernels of
 `kernels/attention_decode`. Products of float32 are exact unless `torch.backends.cuda.matmul` allows TF32.
 """
@@ -28,6 +30,27 @@ DECODE_ROWS = 16
 MAX_SPLITS = 64
 # Offsets within a tile are int32.
 WIDEST_ROW = 2**31 // 256
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a kernel: `grid` programs with a tile's warps and stages."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    tile: Tile
+    arguments: Mapping[str, Any]
+
+    def run(self, warmup: bool = False) -> Any:
+        """Start the programs on the current device, or only compile them; returns triton's compiled kernel."""
+        return self.kernel.run(
+            grid=self.grid,
+            warmup=warmup,
+            **self.arguments,
+            num_warps=self.tile.num_warps,
+            num_stages=self.tile.num_stages,
+            enable_fp_fusion=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -219,19 +242,27 @@ def forward(
 
     given: what `Problem` holds. tiles: by direction ("forward", "decode"), instead of the table's.
     """
+    out, lse, launches = plan_forward(q, k, v, tiles=tiles, **given)
+    _start(launches, q.device)
+    return out, lse
+
+
+def plan_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, tiles: Mapping[str, Tile] | None = None, **given: Any
+) -> tuple[Tensor, Tensor, list[Launch]]:
+    """What `forward` returns, not yet computed, and the launches that compute it."""
     p = Problem(_rows(q), _rows(k), _rows(v), **given)
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
     lse = torch.empty(p.lse_shape, dtype=torch.float32, device=q.device)
     if not p.batch:
-        return out, lse
+        return out, lse, []
     if p.max_q * p.group <= DECODE_ROWS and p.block_offsets is None and not p.dropout_p:
-        _decode(p, out, lse, tiles)
-        return out, lse
+        return out, lse, _decode(p, out, lse, tiles)
     tile = p.tile("forward", tiles)
     programs, order = p.order(tile.block_m, False)
-    _launch(attention_forward, (programs,), q.device, tile, **p.inputs, **p.options, **p.dropout, **order, **p.sparse(),
-            Out=out, Lse=lse, **p.strides("out", out), **p.lse_strides(), **_sides(tile))  # fmt: skip
-    return out, lse
+    arguments = {**p.inputs, **p.options, **p.dropout, **order, **p.sparse(), "Out": out, "Lse": lse}
+    arguments |= {**p.strides("out", out), **p.lse_strides(), **_sides(tile)}
+    return out, lse, [Launch(attention_forward, (programs,), tile, arguments)]
 
 
 def backward(
@@ -262,21 +293,24 @@ def backward(
     rows = p.lse_shape[-1]
     planes = delta.numel() // max(rows, 1)
     tile = Tile(64, 0, 4, 1)
-    _launch(attention_delta, (-(-rows // tile.block_m), planes), q.device, tile, Out=out, Grad=grad, Delta=delta,
-            heads=p.heads, rows=rows, **p.strides("out", out), **p.strides("grad", grad), **p.lse_strides(),
-            **widths("E", v.shape[-1]), BLOCK_M=tile.block_m)  # fmt: skip
+    arguments = {"Out": out, "Grad": grad, "Delta": delta, "heads": p.heads, "rows": rows, "BLOCK_M": tile.block_m}
+    arguments |= {**p.strides("out", out), **p.strides("grad", grad), **p.lse_strides(), **widths("E", v.shape[-1])}
+    launches = [Launch(attention_delta, (-(-rows // tile.block_m), planes), tile, arguments)]
 
     tile = p.tile("dkdv", tiles)
     programs, order = p.order(tile.block_n, True)
-    _launch(attention_dkdv, (programs,), q.device, tile, **shared, **order, **p.sparse(transposed=True), DK=dk, DV=dv,
-            **p.strides("dk", dk), **p.strides("dv", dv), **_sides(tile))  # fmt: skip
+    arguments = {**shared, **order, **p.sparse(transposed=True), "DK": dk, "DV": dv}
+    arguments |= {**p.strides("dk", dk), **p.strides("dv", dv), **_sides(tile)}
+    launches.append(Launch(attention_dkdv, (programs,), tile, arguments))
 
     tile = p.tile("dq", tiles)
     dscores = _dscores(p) if need_dbias else None
     programs, order = p.order(tile.block_m, False)
     batch, head, row = (0, 0, 0) if dscores is None else dscores.stride()[:3]
-    _launch(attention_dq, (programs,), q.device, tile, **shared, **order, **p.sparse(), DQ=dq, **p.strides("dq", dq),
-            DBias=dscores, dbias_batch=batch, dbias_head=head, dbias_row=row, **_sides(tile))  # fmt: skip
+    arguments = {**shared, **order, **p.sparse(), "DQ": dq, **p.strides("dq", dq), **_sides(tile), "DBias": dscores}
+    arguments |= {"dbias_batch": batch, "dbias_head": head, "dbias_row": row}
+    launches.append(Launch(attention_dq, (programs,), tile, arguments))
+    _start(launches, q.device)
     dbias = None
     if dscores is not None and p.bias is not None:
         dbias = dscores.sum_to_size(p.bias.shape).to(p.bias.dtype)
@@ -293,7 +327,7 @@ def _dscores(p: Problem) -> Tensor | None:
     return torch.zeros(shape, dtype=dtype, device=p.q.device)
 
 
-def _decode(p: Problem, out: Tensor, lse: Tensor, tiles: Mapping[str, Tile] | None) -> None:
+def _decode(p: Problem, out: Tensor, lse: Tensor, tiles: Mapping[str, Tile] | None) -> list[Launch]:
     """Split the keys over so many programs that the device is full, then combine their parts."""
     tile = p.tile("decode", tiles)
     kv_heads, width = p.k.shape[1], p.v.shape[-1]
@@ -303,19 +337,22 @@ def _decode(p: Problem, out: Tensor, lse: Tensor, tiles: Mapping[str, Tile] | No
     parts = torch.empty((pairs, splits, DECODE_ROWS, width), dtype=torch.float32, device=p.q.device)
     part_lse = torch.empty(parts.shape[:3], dtype=torch.float32, device=p.q.device)
     sizes = {"Parts": parts, "PartLse": part_lse, "kv_heads": kv_heads, "splits": splits}
-    _launch(attention_decode, (pairs * splits,), p.q.device, tile, **p.inputs, **p.options, **sizes,
-            BLOCK_M=DECODE_ROWS, BLOCK_N=tile.block_n)  # fmt: skip
-    _launch(attention_combine, (pairs, p.max_q * p.group), p.q.device, tile, **sizes, Out=out, Lse=lse, CuQ=p.cu_q,
-            max_q=p.max_q, **p.strides("out", out), **p.lse_strides(), GROUP=p.group, **widths("E", width),
-            BLOCK_M=DECODE_ROWS, SPLITS=1 << (splits - 1).bit_length())  # fmt: skip
+    split = {**p.inputs, **p.options, **sizes, "BLOCK_M": DECODE_ROWS, "BLOCK_N": tile.block_n}
+    combine = {**sizes, "Out": out, "Lse": lse, "CuQ": p.cu_q, "max_q": p.max_q, "GROUP": p.group}
+    combine |= {**p.strides("out", out), **p.lse_strides(), **widths("E", width)}
+    combine |= {"BLOCK_M": DECODE_ROWS, "SPLITS": MAX_SPLITS}
+    return [
+        Launch(attention_decode, (pairs * splits,), tile, split),
+        Launch(attention_combine, (pairs, p.max_q * p.group), tile, combine),
+    ]
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, tile: Tile, **arguments: Any) -> None:
-    """Start the programs, if there are any, on the tensors' device."""
-    if 0 in grid:
-        return
+def _start(launches: Sequence[Launch], device: torch.device) -> None:
+    """Start what has programs, on the tensors' device."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
+        for launch in launches:
+            if 0 not in launch.grid:
+                launch.run()
 
 
 def widths(name: str, width: int) -> dict[str, Any]:

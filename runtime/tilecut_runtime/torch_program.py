@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
@@ -30,6 +30,7 @@ from tilecut_runtime.errors import ArtifactError, first_line
 from tilecut_runtime.manifest import Manifest
 
 WEIGHTS = "model.safetensors"
+CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 HARMLESS = ("models/", "archive_format", "archive_version", "byteorder", ".data/")
 
 
@@ -127,7 +128,43 @@ def open_program(folder: Path, manifest: Manifest, entry: str, device: str = "cp
     if device != "cpu":
         # Moves what the graph itself makes (positions, masks) too; Module.to would move the weights alone.
         program = move_to_device_pass(program, device)
-    return cast(nn.Module, program.module())
+    return fold_casts(cast(fx.GraphModule, program.module()))
+
+
+def fold_casts(module: fx.GraphModule) -> fx.GraphModule:
+    """Weights that the program reads in another type alone are held in that type, instead of being cast in every run."""
+    casts = [n for n in module.graph.nodes if n.op == "call_function" and n.target in CASTS and _casts_weight(n)]
+    weights = {node.args[0].target for node in casts}
+    for node in casts:
+        name = f"_cast_{node.name}"
+        with torch.no_grad():
+            module.register_buffer(name, node.target(_tensor(module, node.args[0].target), *node.args[1:], **node.kwargs))
+        with module.graph.inserting_before(node):
+            node.replace_all_uses_with(module.graph.get_attr(name))
+        module.graph.erase_node(node)
+    read = {n.target for n in module.graph.nodes if n.op == "get_attr" and n.users}
+    for name in weights - read:
+        _drop(module, name)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _casts_weight(node: fx.Node) -> bool:
+    """Whether a cast reads a parameter and nothing but its type changes."""
+    weight = node.args[0]
+    is_type = all(isinstance(x, torch.dtype) for x in (*node.args[1:], *node.kwargs.values()) if x is not None)
+    return isinstance(weight, fx.Node) and weight.op == "get_attr" and is_type
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
+def _drop(module: nn.Module, name: str) -> None:
+    owner, _, leaf = name.rpartition(".")
+    delattr(module.get_submodule(owner), leaf)
 
 
 __all__ = ["WEIGHTS", "open_program", "read_program", "save_program", "tensors_of", "tilecut_runtime"]

@@ -66,6 +66,11 @@ class Target(ABC):
             padded={"neurons": self.block},
         )
 
+    def emitted_sizes(self, lattice: Lattice, group: Group) -> list[int]:
+        """What a group may have after padding, under the target's own lattice and another one."""
+        both = (self.lattice(), lattice)
+        return sorted({one.emitted(group.kind, n) for one in both for n in one.sizes(group.kind, group.size)})
+
     def enforce(self, power_of_two_heads: bool | None = None) -> tuple[LegalizeGroups, ...]:
         """Passes that bring any graph or plan to shapes that the target takes; they rewrite nothing that search chose."""
         powers = self.power_of_two_heads if power_of_two_heads is None else power_of_two_heads

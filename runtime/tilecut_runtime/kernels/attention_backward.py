@@ -14,6 +14,7 @@ import triton.language as tl
 
 from tilecut_runtime.kernels.attention_tile import (
     LOG2E,
+    SIZES,
     SPARSE_BLOCK,
     add_product,
     adjust_scores,
@@ -32,7 +33,7 @@ from tilecut_runtime.kernels.attention_tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_delta(
     Out,
     Grad,
@@ -174,7 +175,7 @@ def _collect(
     return add_product(dk, ds, q, PRECISION), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_dkdv(
     Q,
     K,
@@ -390,7 +391,7 @@ def _descend(
     return add_product(dq, ds * slack, k, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_dq(
     Q,
     K,

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from tilecut_runtime.kernels.attention_tile import (
     LN2,
+    SIZES,
     add_product,
     adjust_scores,
     dot_chunks,
@@ -24,7 +25,7 @@ from tilecut_runtime.kernels.attention_tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_decode(
     Q,
     K,
@@ -136,7 +137,7 @@ def attention_decode(
     store_chunks(Parts + first * E, rows * E, i < nq, acc, (1.0 / total)[:, None], E_CHUNKS, E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_combine(
     Parts,
     PartLse,

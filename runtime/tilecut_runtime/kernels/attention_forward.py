@@ -13,6 +13,7 @@ import triton.language as tl
 from tilecut_runtime.kernels.attention_tile import (
     LN2,
     LOG2E,
+    SIZES,
     SPARSE_BLOCK,
     add_product,
     adjust_scores,
@@ -104,7 +105,7 @@ def _attend(
     return add_product(acc, p, v, PRECISION), new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_forward(
     Q,
     K,

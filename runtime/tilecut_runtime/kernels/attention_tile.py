@@ -18,6 +18,21 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # The CSR of visible blocks counts in these, whatever the tile.
 SPARSE_BLOCK: tl.constexpr = tl.constexpr(64)
+# Arguments whose value is no reason for a binary of its own: what runs at one length runs at all of them.
+SIZES = (
+    "heads",
+    "kv_heads",
+    "batch",
+    "n_tiles",
+    "section",
+    "splits",
+    "rows",
+    "max_q",
+    "max_k",
+    "lse_batch",
+    "lse_head",
+    "offsets_head",
+)
 
 
 @triton.jit

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 from tilecut_runtime.errors import LoweringError
 from tilecut_runtime.kernels.choose_tile import DIRECTIONS, TABLE, Tile
-from tilecut_targets.cuda.compile_kernels import ARCHS as PROMISED
-from tilecut_targets.cuda.compile_kernels import SHARED_LIMIT, Binary, Variant, compile_kernel
+from tilecut_targets.cuda.chips import ARCHS as PROMISED
+from tilecut_targets.cuda.chips import SHARED_LIMIT
+from tilecut_targets.cuda.compile_kernels import Binary, Variant, compile_kernel
 
 WIDTHS = {16: (16, 32, 64, 96, 128, 192, 256), 32: (32, 64, 128, 256)}
 ARCHS = ("sm_80", "sm_90", "sm_100")

@@ -30,23 +30,10 @@ from tilecut_runtime.kernels.attention_decode import attention_combine, attentio
 from tilecut_runtime.kernels.attention_forward import attention_forward
 from tilecut_runtime.kernels.choose_tile import Tile
 from tilecut_runtime.kernels.split_width import split_width
+from tilecut_targets.cuda.chips import SHARED_LIMIT
 
 WHERE = "compile_kernels"
-ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100")
 AMD_ARCHS = ("gfx90a", "gfx942")
-# Bytes of shared memory that one block may ask for: CUDA C++ Programming Guide, table "Technical Specifications per
-# Compute Capability"; LDS of a workgroup on CDNA.
-SHARED_LIMIT = {
-    "sm_80": 166912,
-    "sm_86": 101376,
-    "sm_87": 166912,
-    "sm_89": 101376,
-    "sm_90": 232448,
-    "sm_100": 232448,
-    "sm_120": 101376,
-    "gfx90a": 65536,
-    "gfx942": 65536,
-}
 KERNELS = {
     "forward": attention_forward,
     "decode": attention_decode,
@@ -162,13 +149,12 @@ def compile_kernel(kernel: str, arch: str, variant: Variant, tile: Tile) -> Bina
     if not isinstance(function, triton.JITFunction):
         raise ConfigError(WHERE, "the kernels were imported for the interpreter", fix="unset TRITON_INTERPRET")
     amd = arch.startswith("gfx")
-    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     with knobs.compilation.scope(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Line tables are two thirds of a cubin.
         knobs.compilation.disable_line_info = True
-        compiled: Any = triton.compile(_source(function, variant, tile), target=target, options=options)
+        compiled: Any = triton.compile(_source(function, variant, tile), target=gpu_target(arch), options=options)
     shared = compiled.metadata.shared
     if shared > SHARED_LIMIT[arch]:
         raise LoweringError(
@@ -184,7 +170,7 @@ def compile_kernel(kernel: str, arch: str, variant: Variant, tile: Tile) -> Bina
         registers, spills, instructions = _read_amdgcn(compiled.asm["amdgcn"])
     else:
         code = compiled.asm["cubin"]
-        registers, work, instructions = _read_cubin(code)
+        registers, work, instructions = read_cubin(code)
         spills = instructions["LDL"] + instructions["STL"]
     # ptxas answers some tiles that need more tensor memory than Blackwell has with an empty kernel, and no error.
     if kernel in PRODUCTS and variant.dtype != "fp32" and not any(instructions[name] for name in MATRIX):
@@ -195,6 +181,13 @@ def compile_kernel(kernel: str, arch: str, variant: Variant, tile: Tile) -> Bina
             fix="a smaller tile",
         )
     return Binary(kernel, arch, variant, tile, code, shared, registers, spills, work * tile.num_warps, instructions)
+
+
+def gpu_target(arch: str) -> GPUTarget:
+    """What triton calls an architecture."""
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
 def matrix_work(kernel: str, variant: Variant, tile: Tile) -> int:
@@ -234,7 +227,7 @@ def _source(function: Any, variant: Variant, tile: Tile) -> ASTSource:
     return ASTSource(function, signature, values, attributes)
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, Mapping[str, int]]:
+def read_cubin(cubin: bytes) -> tuple[int, int, Mapping[str, int]]:
     """(registers, multiply-adds of a warp, counts of instructions) of a cubin, by NVIDIA's tools."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

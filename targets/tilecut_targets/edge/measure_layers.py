@@ -114,14 +114,7 @@ def grid_of(target: Target, lattice: Lattice, groups: Sequence[Group]) -> tuple[
     They come from the target's own lattice, so that one model serves every block that a caller asks for.
     """
     points = min(POINTS, max(2, round(LAYERS_A_TYPE ** (1 / len(groups)))))
-    return tuple(spread(legal_sizes(target, lattice, g), points) for g in groups)
-
-
-def legal_sizes(target: Target, lattice: Lattice, group: Group) -> list[int]:
-    """What a group may have after padding, under the target's lattice and the caller's."""
-    return sorted(
-        {one.emitted(group.kind, n) for one in (target.lattice(), lattice) for n in one.sizes(group.kind, group.size)}
-    )
+    return tuple(spread(target.emitted_sizes(lattice, g), points) for g in groups)
 
 
 def spread(legal: Sequence[int], points: int) -> tuple[int, ...]:
@@ -222,7 +215,7 @@ def whole_models(
         counts = {}
         for names, fraction in zip(sets, itertools.cycle(fractions)):
             for each in names:
-                legal = legal_sizes(target, lattice, by_name[each])
+                legal = target.emitted_sizes(lattice, by_name[each])
                 dense = lattice.emitted(by_name[each].kind, by_name[each].size)
                 counts[each] = dense if fraction == 1 else nearest(legal, fraction * by_name[each].size)
         # In a small model two fractions may be the same sizes.
