@@ -91,14 +91,16 @@ def test_compile_json_is_one_object(model_folder, texts, tmp_path, compiled, mai
 def explored(model_folder, texts, tmp_path_factory):
     output = tmp_path_factory.mktemp("cli") / "front"
     arguments = ["explore", model_folder, "--target", "cuda", "--output", output, "--calibration", texts]
-    return output, run(*arguments, "--sparsities", "0.3,0.6,0.99", "--sequence", "16", "--block", "64", "--method", "wanda")
+    return output, run(
+        *arguments, "--sparsities", "0.3,0.6,0.99", "--sequence", "16", "--block", "64", "--method", "wanda"
+    )
 
 
 def test_explore_prints_the_front(explored):
     output, result = explored
     assert result.exit_code == 0, result.output
     shown = result.output
-    for word in ("cosine", "against MACs", "dense", "sparsity-0.3", "sparsity-0.6", "front", "explore.html"):
+    for word in ("cosine", "against milliseconds, calculated", "dense", "sparsity-0.3", "sparsity-0.6", "front", "explore.html"):
         assert word in shown, word
     assert "sparsity-0.99: search: no legal model fits" in shown
     for stage in ("capture", "score (wanda)", "sweep"):
@@ -227,6 +229,10 @@ def test_targets(main):
         (("run", "{artifact}", "--inputs", "absent.npz"), "cannot be read as .npz"),
         (("run", "{artifact}", "--text", "x", "--device", "tpu"), "runs on the CPU"),
         (("bench", "{artifact}", "--batch", "one"), "not a comma-separated list of integers; got 'one'"),
+        (("compile", "{model}", "--target", "cuda:sm_70"), "knows no such chip or type; got cuda:sm_70"),
+        (("build", "{artifact}"), "only a cuda artifact has a native package"),
+        (("tune", "--widths", "65"), "tune: no"),
+        (("tune", "--widths", "many"), "not a comma-separated list of integers; got 'many'"),
         (
             ("bench", "{artifact}", "--sequence", "9999"),
             "the model does not allow that size; got 9999; wanted 1 to 512",
@@ -261,7 +267,7 @@ def test_wrong_usage_is_exit_code_2(main):
 def test_help_and_version(main):
     code, out, _ = main("--version")
     assert code == 0 and re.fullmatch(r"tilecut \d+\.\d+\.\d+\n", out)
-    for command in ("compile", "explore", "inspect", "verify", "bench", "run", "targets"):
+    for command in ("compile", "explore", "inspect", "verify", "bench", "run", "build", "tune", "targets"):
         assert main(command, "--help")[0] == 0
         assert command in main("--help")[1]
 

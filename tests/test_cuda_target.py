@@ -8,8 +8,10 @@ from checks import TinyEncoder, emit, encoder_graph, randomise
 from tilecut.make_cases import make_case, make_inputs
 from tilecut_passes.capture import capture
 from tilecut_runtime.errors import ArtifactError
+from tilecut_runtime.load_cubins import KERNELS
 from tilecut_runtime.session import load
 from tilecut_runtime.torch_program import WEIGHTS, read_program
+from tilecut_targets.cuda.chips import ARCHS
 from tilecut_targets.cuda.target import MODEL, CudaTarget
 
 OP = torch.ops.tilecut.attention.default
@@ -31,8 +33,9 @@ def test_the_program_calls_one_attention_a_layer_and_nothing_was_decomposed(emit
     assert called.count(OP) == 2
     assert torch.ops.aten.linear.default in called and torch.ops.aten.layer_norm.default in called
     assert not {"scaled_dot_product_attention", "softmax", "matmul", "bmm"} & {str(t).split(".")[1] for t in called}
-    assert emitted.written.facts == {"fused_attention": 2, "attention": 2}
-    assert emitted.written.entry == {"model": MODEL}
+    facts = emitted.written.facts
+    assert (facts["fused_attention"], facts["attention"], facts["dtype"]) == (2, 2, "float32")
+    assert emitted.written.entry == {"model": MODEL, "kernels": KERNELS}
     assert CudaTarget().lowering == ()
 
 
@@ -84,9 +87,11 @@ def test_it_runs_on_the_gpu(emitted, shape):
 
 
 def test_a_right_program_passes_and_the_gpu_is_said_to_be_not_run(emitted):
-    equal, device = CudaTarget().verify(emitted.folder, emitted.manifest, emitted.cases)
+    equal, kernels, device = CudaTarget().verify(emitted.folder, emitted.manifest, emitted.cases)
     assert (equal.name, equal.status, equal.limit) == ("artifact equals pruned model", "passed", 1e-4)
     assert equal.figure is not None and equal.figure < 1e-5
+    assert (kernels.name, kernels.status, kernels.figure) == ("kernels fit", "passed", 0)
+    assert all(arch in kernels.detail for arch in ARCHS)
     assert (device.name, device.status, device.figure) == ("CUDA device", "not run", None)
     assert "needs an NVIDIA GPU" in device.detail
 
@@ -95,7 +100,7 @@ def test_a_program_of_another_model_fails(emitted):
     example = {name: torch.ones(2, 7, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     other = capture(randomise(TinyEncoder(), seed=1), example)
     given = inputs(2, 9)
-    equal, _ = CudaTarget().verify(emitted.folder, emitted.manifest, [make_case(given, other.run(given))])
+    equal, *_ = CudaTarget().verify(emitted.folder, emitted.manifest, [make_case(given, other.run(given))])
     assert equal.status == "failed"
     assert equal.figure is not None and equal.figure > 1e-2
 

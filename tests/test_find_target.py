@@ -19,6 +19,8 @@ from tilecut_targets.find_target import TARGETS, find_target
         ("edge", EdgeTarget()),
         ("edge:", EdgeTarget()),
         ("cuda", CudaTarget()),
+        ("cuda:orin", CudaTarget("orin")),
+        ("cuda:sm_80,h100,bf16", CudaTarget("sm_80,h100,bf16")),
         ("ascend", AscendTarget()),
         ("ascend:Ascend910B1", AscendTarget("Ascend910B1")),
     ],
@@ -48,7 +50,8 @@ def test_a_target_is_returned_as_it_is():
         (None, "neither a name nor a Target; got NoneType"),
         (EdgeTarget, "neither a name nor a Target"),
         ("edge:x86", "the edge target has no chips; got edge:x86"),
-        ("cuda:sm90", "builds nothing per chip yet; got cuda:sm90"),
+        ("cuda:sm90", "knows no such chip or type; got cuda:sm90; wanted a100"),
+        ("cuda:fp16,bf16", "two types to compute in; got cuda:fp16,bf16"),
         ("ascend:Ascend310P3", "unknown Ascend chip; got 'Ascend310P3'; wanted Ascend910B1 or"),
     ],
 )

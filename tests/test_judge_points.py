@@ -56,6 +56,7 @@ def test_milliseconds_come_before_macs_and_measured_before_predicted():
     assert "CPU time" in choose_cost([measured], 1, "edge")["label"]
     assert "wall time" in choose_cost([measured], 4, "edge")["label"]
     assert choose_cost([predicted, measured], 1, "edge")["name"] == "predicted_ms"
+    assert choose_cost([predicted], 1, "cuda", calculated=True)["label"] == "milliseconds, calculated"
     assert choose_cost([predicted, counted], 1, "cuda") == {
         "name": "macs",
         "label": "MACs",

@@ -161,15 +161,17 @@ def _forward_cuda(q, k, v, key_padding, bias, alibi_slopes, dropout_seed, **opti
     from tilecut_runtime.launch_attention import forward as launch
 
     return launch(
-        *last_contiguous(q, k, v), **kernel_inputs(q, k, key_padding, bias, alibi_slopes, dropout_seed), **options
+        *last_contiguous(q, k, v),
+        max_q=q.shape[2],
+        max_k=k.shape[2],
+        **kernel_inputs(key_padding, bias, alibi_slopes, dropout_seed),
+        **options,
     )
 
 
-def kernel_inputs(q, k, key_padding, bias, alibi_slopes, dropout_seed=None) -> dict[str, Any]:
+def kernel_inputs(key_padding, bias, alibi_slopes, dropout_seed=None) -> dict[str, Any]:
     """The op's tensors besides q, k and v as `launch_attention.Problem` takes them."""
     return {
-        "max_q": q.shape[2],
-        "max_k": k.shape[2],
         "key_padding": contiguous(key_padding),
         "bias": bias,
         "alibi_slopes": wide(alibi_slopes),
@@ -227,7 +229,9 @@ def _backward_cuda(grad, q, k, v, out, lse, key_padding, bias, alibi_slopes, dro
         v,
         out,
         lse,
-        **kernel_inputs(q, k, key_padding, bias, alibi_slopes, dropout_seed),
+        max_q=q.shape[2],
+        max_k=k.shape[2],
+        **kernel_inputs(key_padding, bias, alibi_slopes, dropout_seed),
         need_dbias=bias_grad,
         **options,
     )

@@ -128,7 +128,9 @@ def _preload(function: Any, cubin: Cubin, folder: Path) -> None:
     name = f"{cubin.kernel}.json"
     files = {name: str(binary.with_suffix(".json")), f"{cubin.kernel}.cubin": str(binary)}
 
-    class Carried(knobs.cache.manager_class or FileCacheManager):
+    cache: Any = knobs.cache.manager_class or FileCacheManager
+
+    class Carried(cache):
         """Triton's cache, which holds the cubin as what triton is about to compile."""
 
         def get_group(self, filename: str) -> dict[str, str] | None:

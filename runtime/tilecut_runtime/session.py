@@ -22,10 +22,10 @@ Runner = Callable[[dict[str, np.ndarray]], Sequence[Any]]
 
 
 class Session:
-    """A loaded artifact. `run` checks its inputs; `inputs` and `outputs` describe them."""
+    """A loaded artifact. `run` checks its inputs; `inputs` and `outputs` describe them; `how` says what runs."""
 
-    def __init__(self, path: Path, manifest: Manifest, runner: Runner, device: str):
-        self.path, self.manifest, self.device = path, manifest, device
+    def __init__(self, path: Path, manifest: Manifest, runner: Runner, device: str, how: str = "onnxruntime"):
+        self.path, self.manifest, self.device, self.how = path, manifest, device, how
         self._runner = runner
 
     @property
@@ -214,66 +214,30 @@ def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | Non
         try:
             return session.run(wanted, arrays)
         except Exception as e:
-            raise _refused("onnxruntime", e) from e
+            raise refused("onnxruntime", e) from e
 
     return run
 
 
-def _refused(runtime: str, error: Exception) -> InputError:
+def refused(runtime: str, error: Exception) -> InputError:
     """What a runtime raised on inputs that fit the manifest, in one line."""
     return InputError("Session.run", f"{runtime} cannot run the model on these inputs: {first_line(error)}")
 
 
 def _open_torch(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
     try:
-        import torch
+        import torch as _installed
     except ModuleNotFoundError as e:
         raise ArtifactError(
             str(folder),
             f"an artifact for {manifest.target} runs on torch, which is not installed",
             fix="pip install 'tilecut[compile]'",
         ) from e
-    from tilecut_runtime.torch_program import open_program
+    assert _installed
+    from tilecut_runtime.torch_runner import torch_runner
 
-    if device is None and not torch.cuda.is_available():
-        raise ArtifactError(
-            str(folder),
-            "no CUDA device on this machine",
-            fix='load it with device="cpu" to run the ops\' reference implementations',
-        )
-    device = device or "cuda"
-    if not _is_device(device):
-        raise ArtifactError(
-            str(folder),
-            "no such device on this machine",
-            got=f"device={device!r}",
-            wanted=f"None, 'cpu' or 'cuda' ({torch.cuda.device_count()} CUDA devices here)",
-        )
-    if threads is not None:
-        torch.set_num_threads(threads)
-    program = open_program(folder, manifest, "model", device)
-
-    def run(arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
-        with torch.no_grad():
-            # A copy: torch takes neither negative strides nor, without a warning, read-only memory.
-            given = {k: torch.from_numpy(v.copy()).to(device) for k, v in arrays.items()}
-            try:
-                out = program(**given)
-            except (IndexError, RuntimeError) as e:
-                raise _refused("torch", e) from e
-        return [out[spec.name].cpu().numpy() for spec in manifest.outputs]
-
-    return Session(folder, manifest, run, device)
-
-
-def _is_device(name: str) -> bool:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        return False
-    return device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
+    runner, device, how = torch_runner(folder, manifest, device, threads)
+    return Session(folder, manifest, runner, device, how)
 
 
 def _open_ascend(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:

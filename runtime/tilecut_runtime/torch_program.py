@@ -122,49 +122,48 @@ def _check_archive(path: Path) -> None:
 
 def open_program(folder: Path, manifest: Manifest, entry: str, device: str = "cpu") -> nn.Module:
     """The artifact's program as a module on a device: keyword inputs in, a dict of outputs out."""
+    return cast(nn.Module, ready_program(folder, manifest, entry, device).module())
+
+
+def ready_program(folder: Path, manifest: Manifest, entry: str, device: str) -> ExportedProgram:
+    """The artifact's program with its weights on a device, each held in the type that the program reads it in."""
     name = manifest.file_of(folder, entry)
     manifest.check_files(folder, [name, WEIGHTS])
-    program = read_program(folder / name, folder / WEIGHTS)
+    program = fold_casts(read_program(folder / name, folder / WEIGHTS))
     if device != "cpu":
         # Moves what the graph itself makes (positions, masks) too; Module.to would move the weights alone.
         program = move_to_device_pass(program, device)
-    return fold_casts(cast(fx.GraphModule, program.module()))
+    return program
 
 
-def fold_casts(module: fx.GraphModule) -> fx.GraphModule:
-    """Weights that the program reads in another type alone are held in that type, instead of being cast in every run."""
-    casts = [n for n in module.graph.nodes if n.op == "call_function" and n.target in CASTS and _casts_weight(n)]
-    weights = {node.args[0].target for node in casts}
-    for node in casts:
-        name = f"_cast_{node.name}"
-        with torch.no_grad():
-            module.register_buffer(name, node.target(_tensor(module, node.args[0].target), *node.args[1:], **node.kwargs))
-        with module.graph.inserting_before(node):
-            node.replace_all_uses_with(module.graph.get_attr(name))
-        module.graph.erase_node(node)
-    read = {n.target for n in module.graph.nodes if n.op == "get_attr" and n.users}
-    for name in weights - read:
-        _drop(module, name)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
+def fold_casts(program: ExportedProgram) -> ExportedProgram:
+    """Weights that the program reads in another type alone are held in it, instead of being cast in every run."""
+    signature, graph = program.graph_signature, program.graph
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in list(graph.nodes):
+        name = held.get(node.name)
+        # torch.export asserts the type of what is cast.
+        asserts = [user for user in node.users if user.target is torch.ops.aten._assert_tensor_metadata.default]
+        users = [user for user in node.users if user not in asserts]
+        if name not in program.state_dict or not users or not all(map(_only_casts, users)):
+            continue
+        if len({user.meta["val"].dtype for user in users}) > 1:
+            continue
+        weight, node.meta["val"] = program.state_dict[name], users[0].meta["val"]
+        made = weight.detach().to(node.meta["val"].dtype)
+        program.state_dict[name] = nn.Parameter(made, False) if isinstance(weight, nn.Parameter) else made
+        for user in users:
+            user.replace_all_uses_with(node)
+        for user in (*users, *asserts):
+            graph.erase_node(user)
+    program.graph_module.recompile()
+    return program
 
 
-def _casts_weight(node: fx.Node) -> bool:
-    """Whether a cast reads a parameter and nothing but its type changes."""
-    weight = node.args[0]
-    is_type = all(isinstance(x, torch.dtype) for x in (*node.args[1:], *node.kwargs.values()) if x is not None)
-    return isinstance(weight, fx.Node) and weight.op == "get_attr" and is_type
+def _only_casts(node: fx.Node) -> bool:
+    """Whether a call changes its operand's type and nothing else."""
+    rest = (*node.args[1:], *node.kwargs.values())
+    return node.target in CASTS and all(isinstance(x, torch.dtype) for x in rest if x is not None)
 
 
-def _tensor(module: nn.Module, name: str) -> torch.Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
-
-
-def _drop(module: nn.Module, name: str) -> None:
-    owner, _, leaf = name.rpartition(".")
-    delattr(module.get_submodule(owner), leaf)
-
-
-__all__ = ["WEIGHTS", "open_program", "read_program", "save_program", "tensors_of", "tilecut_runtime"]
+__all__ = ["WEIGHTS", "open_program", "read_program", "ready_program", "save_program", "tensors_of", "tilecut_runtime"]

@@ -22,6 +22,8 @@ from tilecut_runtime.timing import Timing
 
 # The validation error above which the model says that it is not to be trusted.
 TRUSTED = 0.10
+# The clock of a model that nothing was measured for.
+CALCULATED = "calculated"
 
 
 class LayerTable:

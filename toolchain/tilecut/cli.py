@@ -1,4 +1,4 @@
-"""The `tilecut` command: compile, explore, inspect, verify, bench, run, targets.
+"""The `tilecut` command: compile, explore, inspect, verify, bench, run, build, tune, targets.
 
 Exit codes: 0 done; 1 an error, said in one line; 2 wrong usage; 3 a verification failed.
 """
@@ -35,7 +35,7 @@ app = typer.Typer(
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(help="folder of a Hugging Face model")]
-TargetName = Annotated[str, typer.Option("--target", help="edge, cuda, ascend, ascend:<chip>")]
+TargetName = Annotated[str, typer.Option("--target", help="edge, cuda, cuda:<chips, type>, ascend, ascend:<chip>")]
 Calibration = Annotated[Path | None, typer.Option(help=".txt, .tsv or .jsonl; default: general text")]
 Folder = Annotated[Path, typer.Argument(help="an artifact's folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, nothing else")]
@@ -273,6 +273,46 @@ def run(
         print(json.dumps({"outputs": {k: {"dtype": v.dtype.name, "shape": list(v.shape)} for k, v in results.items()}}))
     else:
         show.results(out, results)
+
+
+@app.command()
+def build(
+    folder: Folder,
+    device: Annotated[str, typer.Option(help='"cuda", "cuda:1", or "cpu"')] = "cuda",
+    as_json: AsJson = False,
+) -> None:
+    """Make PyTorch's native package of a cuda artifact, on the machine whose GPU will run it."""
+    from tilecut_runtime.native_package import build_native
+
+    rung = build_native(folder, device)
+    if as_json:
+        print(json.dumps({"rungs": [asdict(rung)]}))
+    else:
+        show.rungs(out, [rung])
+
+
+@app.command()
+def tune(
+    widths: Annotated[str, typer.Option(help="head widths, comma-separated")] = "64,128",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    directions: Annotated[str, typer.Option(help="of forward, decode, dq, dkdv")] = "forward,decode,dq,dkdv",
+    output: Annotated[Path | None, typer.Option(help="the table; default: this machine's")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the attention kernels' tiles on the GPU that is here, and keep those that are faster than the table's."""
+    from tilecut_runtime.kernels.choose_tile import measured_table
+    from tilecut_targets.cuda.tune_tiles import as_rows, write_measured
+    from tilecut_targets.cuda.tune_tiles import tune as measure
+
+    wanted = cli_inputs.numbers("--widths", widths)
+    rows = measure(wanted, dtype, cli_inputs.names(directions))
+    path = output or measured_table()
+    written = write_measured(rows, path)
+    if as_json:
+        print(json.dumps({"rows": as_rows(rows), "written": written, "path": str(path)}))
+    else:
+        show.tiles(out, as_rows(rows))
+        out.print(f"{written} better tiles written to {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -44,7 +44,7 @@ from tilecut_passes.share_batches import agreed, process
 from tilecut_runtime.errors import ArtifactError, CalibrationError, ConfigError
 from tilecut_runtime.session import load
 from tilecut_runtime.timing import time_interleaved
-from tilecut_targets.cost_model import clock
+from tilecut_targets.cost_model import CALCULATED, clock
 from tilecut_targets.find_target import find_target
 from tilecut_targets.target import Target
 
@@ -245,7 +245,8 @@ def _report(
     at, calibrated = base.sizes(), made.calibrated
     assert calibrated is not None
     threads = at["threads"]
-    cost = choose_cost(points, threads, made.target.name)
+    calculated = made.latency is not None and made.latency.facts.get("clock") == CALCULATED
+    cost = choose_cost(points, threads, made.target.name, calculated)
     by = choose_quality(quality, points[0].fidelity)
     front, knee = judge(points, cost["name"], by, threads)
     label = QUALITIES[by].label

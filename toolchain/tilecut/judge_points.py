@@ -93,14 +93,18 @@ def choose_quality(wanted: str | None, fidelity: Mapping[str, Any]) -> str:
     return found
 
 
-def choose_cost(points: Sequence[Point], threads: int, target: str) -> dict[str, Any]:
-    """The name of the cost to go by, its label, and why it is not milliseconds."""
+def choose_cost(points: Sequence[Point], threads: int, target: str, calculated: bool = False) -> dict[str, Any]:
+    """The name of the cost to go by, its label, and why it is not milliseconds.
+
+    calculated: the target's cost model was not measured.
+    """
     reached = [p for p in points if p.why is None]
     clock = "CPU" if threads == 1 else "wall"
     if all(p.measured is not None for p in reached):
         return {"name": "measured_ms", "label": f"milliseconds, measured ({clock} time)", "why": None}
     if all(p.predicted_ms is not None for p in reached):
-        return {"name": "predicted_ms", "label": f"milliseconds, predicted ({clock} time)", "why": None}
+        label = "milliseconds, calculated" if calculated else f"milliseconds, predicted ({clock} time)"
+        return {"name": "predicted_ms", "label": label, "why": None}
     return {"name": "macs", "label": "MACs", "why": f"the {target} target has no latency model"}
 
 

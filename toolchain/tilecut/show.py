@@ -115,7 +115,7 @@ def front(console: Console, r: Mapping[str, Any]) -> None:
     clock = "cpu_ms" if r["at"].get("threads", 1) == 1 else "wall_ms"
     columns: dict[str, list[str]] = {
         r["quality"]["name"]: [f"{p['quality']:.4f}" for p in reached],
-        "predicted ms": ["" if p["predicted_ms"] is None else f"{p['predicted_ms']:.2f}" for p in reached],
+        "predicted ms": ["" if p["predicted_ms"] is None else f"{p['predicted_ms']:.3g}" for p in reached],
         "measured ms": ["" if p["measured"] is None else f"{p['measured'][clock]:.2f}" for p in reached],
         "MACs": [f"{p['macs'] / dense['macs']:.1%}" if dense["macs"] else "" for p in reached],
         "parameters": [f"{p['parameters']:,}" for p in reached],
@@ -183,6 +183,25 @@ def timings(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             f"{r['wall_ms']:.2f}",
             f"{r['p95_ms']:.2f}",
             f"{r['cpu_ms'] / base:.3f}",
+        )
+    console.print(table)
+
+
+def tiles(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """What `tilecut tune` measured: one line a direction and width."""
+    table = Table("arch", "direction", "type", "width", "table's tile", "ms", "fastest tile", "ms", "ran", "refused")
+    for r in rows:
+        table.add_row(
+            r["arch"],
+            r["direction"],
+            r["dtype"],
+            str(r["width"]),
+            "x".join(map(str, r["before"])),
+            f"{r['before_ms']:.3f}",
+            "x".join(map(str, r["best"])) if r["better"] else "the same",
+            f"{r['best_ms']:.3f}",
+            str(r["ran"]),
+            str(r["refused"]),
         )
     console.print(table)
 

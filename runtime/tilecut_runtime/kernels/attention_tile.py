@@ -32,6 +32,7 @@ SIZES = (
     "lse_batch",
     "lse_head",
     "offsets_head",
+    "padding_batch",
 )
 
 

@@ -5,6 +5,9 @@
 A width takes the entry of the next larger one. An architecture without entries takes those that `like` names, else
 those of the nearest older one of its family, which is logged. The table is written by
 `python -m tilecut_targets.cuda.choose_tiles`.
+
+What `tilecut tune` measured on this machine comes before it, for the very widths that were measured: `tiles.json` in
+tilecut's cache, of the same form.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +41,9 @@ def choose_tile(arch: str, direction: str, width: int, bits: int) -> Tile:
     Raises:
         KeyError: a family of architectures that the table does not know.
     """
+    measured = read_measured().get(arch, {}).get(direction, {}).get(str(bits), {}).get(str(width))
+    if measured is not None:
+        return Tile(*measured)
     entries = read_tiles()["tiles"][known_arch(arch)][direction][str(bits)]
     return Tile(*entries[str(min(int(w) for w in entries if int(w) >= width))])
 
@@ -45,6 +52,28 @@ def choose_tile(arch: str, direction: str, width: int, bits: int) -> Tile:
 def read_tiles() -> dict:
     """The table as it stands in the file."""
     return json.loads(TABLE.read_text())
+
+
+def measured_table() -> Path:
+    """Where `tilecut tune` keeps what it measured: in TILECUT_CACHE, else ~/.cache/tilecut."""
+    return Path(os.environ.get("TILECUT_CACHE") or Path.home() / ".cache" / "tilecut") / "tiles.json"
+
+
+@functools.cache
+def read_measured() -> dict:
+    """The measured tiles, by architecture; none where nothing was measured, or where the file is damaged, which is logged."""
+    path = measured_table()
+    if not path.is_file():
+        return {}
+    try:
+        tiles = json.loads(path.read_text())["tiles"]
+        for entries in (by for kinds in tiles.values() for bits in kinds.values() for by in bits.values()):
+            for tile in entries.values():
+                Tile(*(int(n) for n in tile))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        log.warning("%s is no table of tiles (%s: %s): it is not used", path, type(e).__name__, e)
+        return {}
+    return tiles
 
 
 @functools.cache

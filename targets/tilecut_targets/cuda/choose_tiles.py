@@ -121,7 +121,9 @@ def main(archs: Sequence[str]) -> None:
                     continue
                 tile, binaries = choose(arch, direction, width, bits)
                 tiles.setdefault(direction, {}).setdefault(str(bits), {})[str(width)] = list(tile)
-                found = ", ".join(f"{b.arch} {b.shared} B, {b.registers} registers, {b.spills} spills" for b in binaries)
+                found = ", ".join(
+                    f"{b.arch} {b.shared} B, {b.registers} registers, {b.spills} spills" for b in binaries
+                )
                 print(f"{arch} {direction} {bits} {width}: {list(tile)}: {found}", flush=True)
         table = json.loads(TABLE.read_text()) if TABLE.exists() else {"tiles": {}}
         table["tiles"] = dict(sorted({**table["tiles"], arch: tiles}.items()))

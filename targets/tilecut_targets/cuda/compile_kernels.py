@@ -28,6 +28,7 @@ from tilecut_runtime.errors import ConfigError, LoweringError
 from tilecut_runtime.kernels.attention_backward import attention_delta, attention_dkdv, attention_dq
 from tilecut_runtime.kernels.attention_decode import attention_combine, attention_decode
 from tilecut_runtime.kernels.attention_forward import attention_forward
+from tilecut_runtime.kernels.attention_tile import SIZES
 from tilecut_runtime.kernels.choose_tile import Tile
 from tilecut_runtime.kernels.split_width import split_width
 from tilecut_targets.cuda.chips import SHARED_LIMIT
@@ -75,7 +76,6 @@ class Variant:
     """One launch of the kernels: what in it is a constant.
 
     dtype: "bf16", "fp16" or "fp32". inputs: the optional arguments that are given, of OPTIONAL. width, value_width: D, E.
-    ones: sizes that are 1 ("heads", "max_q"), which triton makes constants of.
     """
 
     width: int
@@ -90,7 +90,6 @@ class Variant:
     precision: str = "ieee"
     top_left: bool = False
     inputs: tuple[str, ...] = ()
-    ones: tuple[str, ...] = ()
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         """Every constexpr that some kernel takes, by name."""
@@ -217,11 +216,11 @@ def _source(function: Any, variant: Variant, tile: Tile) -> ASTSource:
         elif name[0].isupper():
             signature[name] = "*" + POINTS_TO.get(name, variant.dtype)
             aligned.append(place)
-        elif name == "bias_column" or name in variant.ones:
+        elif name == "bias_column":
             signature[name], values[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-            if name.endswith(("_row", "_head", "_batch")) and not name.startswith(("lse", "offsets")):
+            if name not in SIZES:
                 aligned.append(place)
     attributes: Any = {(place,): [["tt.divisibility", 16]] for place in aligned}
     return ASTSource(function, signature, values, attributes)

@@ -7,7 +7,8 @@ smallest that the graph takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import sympy
 import torch
@@ -21,6 +22,14 @@ from tilecut_runtime.launch_attention import Launch, plan_forward
 DENSE = torch.ops.tilecut.attention.default
 PACKED = torch.ops.tilecut.attention_varlen.default
 ALIGNED, ODD = 128, 67
+# What besides q, k and v an op's tensors are, and how the launcher takes them.
+INPUTS: dict[object, tuple[tuple[str, ...], Callable[..., dict[str, Any]]]] = {
+    DENSE: (("key_padding", "bias", "alibi_slopes", "dropout_seed"), attention.kernel_inputs),
+    PACKED: (
+        ("cu_seqlens_q", "cu_seqlens_k", "block_offsets", "block_indices", "alibi_slopes", "dropout_seed"),
+        attention_varlen.kernel_inputs,
+    ),
+}
 # Of sizes that data decide, such as how many sequences are packed.
 UNKNOWN = 4
 
@@ -29,7 +38,7 @@ def list_launches(graph: Graph, arch: str) -> Iterator[Launch]:
     """The launches of every attention at every point, with the tiles of an architecture; tensors are on "meta"."""
     for at in points(graph):
         for node in graph.nodes:
-            if node.op == "call_function" and node.target in (DENSE, PACKED):
+            if node.op == "call_function" and node.target in INPUTS:
                 yield from _launches(node, at, arch)
 
 
@@ -48,21 +57,16 @@ def points(graph: Graph) -> list[dict[sympy.Symbol, int]]:
 def _launches(node: fx.Node, at: Mapping[sympy.Symbol, int], arch: str) -> list[Launch]:
     a = {name: _on_meta(given, at) for name, given in arguments(node).items()}
     q, k, v = (a.pop(name) for name in "qkv")
-    names = {DENSE: ("key_padding", "bias", "alibi_slopes", "dropout_seed")}.get(
-        node.target,  # type: ignore[arg-type]
-        ("cu_seqlens_q", "cu_seqlens_k", "block_offsets", "block_indices", "alibi_slopes", "dropout_seed"),
-    )
-    tensors = {name: a.pop(name) for name in names}
-    if node.target is DENSE:
-        given = attention.kernel_inputs(q, k, **tensors)
-    else:
-        given = attention_varlen.kernel_inputs(**tensors)
+    names, inputs = INPUTS[node.target]
+    given = inputs(**{name: a.pop(name) for name in names})
     width, bits = max(k.shape[-1], v.shape[-1]), 8 * q.element_size()
     tiles = {direction: choose_tile(arch, direction, width, bits) for direction in ("forward", "decode")}
+    if node.target is DENSE:
+        a |= {"max_q": q.shape[2], "max_k": k.shape[2]}
     return plan_forward(*attention.last_contiguous(q, k, v), tiles=tiles, **given, **a)[2]
 
 
-def _on_meta(given: object, at: Mapping[sympy.Symbol, int]) -> object:
+def _on_meta(given: Any, at: Mapping[sympy.Symbol, int]) -> Any:
     """A node's value, or a size, at the point."""
     value = value_of(given) if isinstance(given, fx.Node) else given
     if isinstance(value, Tensor):

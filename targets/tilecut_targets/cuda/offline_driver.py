@@ -58,14 +58,18 @@ def compile_offline(launches: Iterable[Launch], target: GPUTarget) -> Iterator[C
         # Line tables are two thirds of a cubin.
         knobs.compilation.disable_line_info = True
         for launch in launches:
-            reported: list[str] = []
-            with knobs.runtime.scope():
-                knobs.runtime.jit_post_compile_hook = lambda *, compile, **_: reported.append(
-                    compile["specialization_data"]
-                )
-                binary = launch.run(warmup=True)
-            for specialization in reported:
+            binary, specialization = _compile(launch)
+            if specialization is not None:
                 yield Compiled(launch.kernel.fn.__name__, launch.tile, binary, specialization)
+
+
+def _compile(launch: Launch) -> tuple[Any, str | None]:
+    """The kernel, and what triton says of it when it compiles it now; nothing where it has it already."""
+    reported: list[str] = []
+    with knobs.runtime.scope():
+        knobs.runtime.jit_post_compile_hook = lambda *, compile, **_: reported.append(compile["specialization_data"])
+        binary = launch.run(warmup=True)
+    return binary, reported[0] if reported else None
 
 
 @contextmanager

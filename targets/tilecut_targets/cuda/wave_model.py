@@ -24,9 +24,8 @@ import numpy as np
 from tilecut_passes.axes.groups import Group, find_groups
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.count_macs import MacCounter, MacTerm
-from tilecut_passes.search import Lattice
 from tilecut_runtime.errors import ConfigError
-from tilecut_targets.cost_model import CostModel, LayerTable
+from tilecut_targets.cost_model import CALCULATED, CostModel, LayerTable
 from tilecut_targets.cuda.chips import Chip
 
 # Tiles by the share of the largest one's area, with the throughput they are assumed to reach of the largest one's: half
@@ -69,7 +68,6 @@ def wave_model(
     groups: Sequence[Group],
     sets: Sequence[Sequence[str]],
     at: Mapping[str, int],
-    lattice: Lattice,
     legal: Callable[[Group], list[int]],
     chip: Chip,
     dtype: str,
@@ -120,7 +118,7 @@ def wave_model(
             "dtype": dtype,
             "processors": chip.processors,
             "sizes": dict(at),
-            "clock": "calculated",
+            "clock": CALCULATED,
         },
         notes=(f"latency: milliseconds are calculated for {chip.name} in {dtype} by the wave model, not measured",),
     )

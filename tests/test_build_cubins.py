@@ -1,0 +1,177 @@
+"""Cubins in an artifact: what a program launches is built offline, and triton takes it instead of compiling."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import triton
+from torch import nn
+from triton import knobs
+
+from checks import randomise
+from tilecut_passes.capture import capture
+from tilecut_passes.fuse_attention import FuseAttention
+from tilecut_passes.graph import Graph
+from tilecut_passes.run_passes import run_passes
+from tilecut_runtime.attention import attention
+from tilecut_runtime.attention_varlen import attention_varlen
+from tilecut_runtime.errors import ArtifactError
+from tilecut_runtime.load_cubins import KERNELS, Loaded, kernel_sources, load_cubins, read_kernels
+from tilecut_runtime.manifest import Manifest, list_files
+from tilecut_targets.cuda.build_cubins import build_cubins
+from tilecut_targets.cuda.compile_kernels import gpu_target
+from tilecut_targets.cuda.compute_in import ComputeIn
+from tilecut_targets.cuda.list_launches import list_launches
+from tilecut_targets.cuda.offline_driver import offline
+
+ARCH = "sm_80"
+
+
+class TwoAttentions(nn.Module):
+    """Grouped heads with padding, and a wider one with a bias: two sets of constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv, self.wide = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(32, 3 * 96)
+        self.bias = nn.Parameter(torch.randn(1, 2, 1, 1))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        b, s, _ = x.shape
+        q = self.q(x).view(b, s, 4, 16).transpose(1, 2)
+        k, v = self.kv(x).view(b, s, 2, 2, 16).permute(2, 0, 3, 1, 4)
+        one = attention(q, k, v, key_padding=mask != 0, causal="bottom_right")
+        q, k, v = self.wide(x).view(b, s, 3, 2, 48).permute(2, 0, 3, 1, 4)
+        two = attention(q, k, v, bias=self.bias.expand(1, 2, s, s))
+        return torch.cat((one, two.unflatten(-1, (3, 16))[..., 0, :].repeat(1, 2, 1, 1)), -1)
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    mask = torch.ones(2, 7, dtype=torch.long)
+    made = capture(randomise(TwoAttentions()), {"x": torch.randn(2, 7, 32), "mask": mask})
+    run_passes(made, [FuseAttention()])
+    return made
+
+
+@pytest.fixture(scope="module")
+def built(graph, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernels")
+    return folder, build_cubins(graph, [ARCH], folder)
+
+
+def manifest_of(folder) -> Manifest:
+    return Manifest("cuda", "torch", "Model", {}, (), (), files=list_files(folder))
+
+
+def test_every_attention_has_its_kernels_for_many_queries_and_for_few(built):
+    _, cubins = built
+    assert {(c.kernel, c.width) for c in cubins} == {
+        (kernel, width)
+        for kernel in ("attention_forward", "attention_decode", "attention_combine")
+        for width in (16, 48)
+    }
+    for one in cubins:
+        assert (one.arch, one.dtype) == (ARCH, "fp32")
+        assert one.registers > 0 and one.spills == 0 and one.shared_bytes <= 166912
+        assert one.source == kernel_sources()[one.kernel][0]
+
+
+def test_the_list_names_nothing_of_this_machine(built):
+    folder, cubins = built
+    for file in folder.rglob("*.json"):
+        assert "site-packages" not in file.read_text() and str(folder) not in file.read_text()
+    held = json.loads((folder / KERNELS).read_text())
+    assert held["triton"] == triton.__version__
+    assert read_kernels(folder, manifest_of(folder))[1] == cubins
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Whether triton found each kernel that it was asked for."""
+    found: list[bool] = []
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda *, cache_hit, **_: found.append(cache_hit)
+        yield found
+
+
+def test_what_is_loaded_is_not_compiled(graph, built, tmp_path, monkeypatch, compilations):
+    """Triton's own cache is empty, and it is asked for every launch of the graph."""
+    folder, cubins = built
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with offline(gpu_target(ARCH)):
+        assert load_cubins(folder, manifest_of(folder), ARCH) == Loaded(len(cubins))
+        assert compilations == [True] * len(cubins)
+        kernels = {launch.run(warmup=True).asm["cubin"] for launch in list_launches(graph, ARCH)}
+    assert compilations == [True] * len(cubins)
+    assert kernels == {(folder / one.file).read_bytes() for one in cubins}
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_another_type_is_compiled(graph, built, tmp_path, monkeypatch, compilations):
+    folder, _ = built
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    half = graph.copy()
+    run_passes(half, [ComputeIn(torch.float16)])
+    with offline(gpu_target(ARCH)):
+        load_cubins(folder, manifest_of(folder), ARCH)
+        compilations.clear()
+        for launch in list_launches(half, ARCH):
+            launch.run(warmup=True)
+    assert compilations and not any(compilations)
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "reason"),
+    [
+        ("sm_90", {}, "carries none for sm_90"),
+        (ARCH, {"triton": "3.0.0"}, r"made by triton 3\.0\.0, and this is"),
+        (ARCH, {"source": "0"}, "6 are of another version of the kernels"),
+    ],
+)
+def test_what_does_not_fit_is_left_to_triton(built, tmp_path, arch, change, reason):
+    folder = tmp_path / "copy"
+    shutil.copytree(built[0], folder)
+    held = json.loads((folder / KERNELS).read_text())
+    held["triton"] = change.get("triton", held["triton"])
+    for one in held["cubins"]:
+        one["source"] = change.get("source", one["source"])
+    (folder / KERNELS).write_text(json.dumps(held))
+    loaded = load_cubins(folder, manifest_of(folder), arch)
+    assert loaded.count == 0 and re.search(reason, loaded.reason)
+
+
+def test_an_artifact_without_kernels(tmp_path):
+    assert load_cubins(tmp_path, manifest_of(tmp_path), ARCH) == Loaded(0, "the artifact carries none")
+
+
+def test_damage_is_said(built, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(built[0], folder)
+    manifest = manifest_of(folder)
+    cubin = folder / built[1][0].file
+    cubin.write_bytes(cubin.read_bytes()[:-1] + b"?")
+    with offline(gpu_target(ARCH)), pytest.raises(ArtifactError, match="file was altered"):
+        load_cubins(folder, manifest, ARCH)
+    (folder / KERNELS).write_text('{"triton": "3", "cubins": [{}]}')
+    with pytest.raises(ArtifactError, match="malformed list of kernels"):
+        load_cubins(folder, manifest_of(folder), ARCH)
+
+
+class Packed(nn.Module):
+    """Packed sequences, as a model's own call."""
+
+    def forward(self, q: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+        return attention_varlen(q, q, q, bounds, bounds, max_q=64, max_k=64, causal="bottom_right")[0]
+
+
+def test_packed_attention_has_kernels_too(tmp_path):
+    graph = capture(
+        Packed(),
+        {"q": torch.randn(9, 2, 32), "bounds": torch.tensor([0, 4, 9], dtype=torch.int32)},
+        {"q": {0: "tokens"}, "bounds": {0: "bounds"}},
+    )
+    cubins = build_cubins(graph, [ARCH], tmp_path)
+    assert {(c.kernel, c.width) for c in cubins} == {("attention_forward", 32)}
+    assert cubins[0].launch["signature"]["Tiles"] == "*i32"

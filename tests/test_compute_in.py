@@ -1,0 +1,95 @@
+"""Computing in 16 bits: every architecture stays close to its float32 self, and every product reads 16-bit numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+from checks import emit, encoder_graph
+from test_models import made
+from tilecut.make_cases import make_case, make_inputs
+from tilecut_passes.capture import capture
+from tilecut_passes.fuse_attention import FuseAttention
+from tilecut_passes.graph import is_call, source, value_of
+from tilecut_passes.run_passes import run_passes
+from tilecut_runtime.session import load
+from tilecut_runtime.torch_program import ready_program
+from tilecut_targets.cuda.compute_in import ATTENTION, PRODUCTS, ComputeIn
+from tilecut_targets.cuda.target import TOLERANCE, CudaTarget
+from tilecut_targets.export_program import export_program
+from zoo import ZOO
+
+aten = torch.ops.aten
+QUICK = ("bert", "gpt2", "llama_tied", "mixtral", "deberta_v2", "vit", "hand_gpt")
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture_stays_close(name):
+    model, example = made(name)
+    graph = capture(model, example)
+    run_passes(graph, [FuseAttention()])
+    given = make_inputs(graph, 2, 9, seed=0)
+    case = make_case(given, graph.run(given))
+    for dtype in (torch.float16, torch.bfloat16):
+        half = graph.copy()
+        (record,) = run_passes(half, [ComputeIn(dtype)])
+        assert record.rewrites > 0
+        assert half.output_specs() == graph.output_specs()
+        out = half.run(given)
+        assert case.error({k: v.numpy() for k, v in out.items()}) < TOLERANCE[str(dtype).removeprefix("torch.")] / 2
+        export_program(half)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_read_16_bits_and_norms_float32(dtype):
+    graph = encoder_graph().copy()
+    run_passes(graph, [FuseAttention(), ComputeIn(dtype)])
+    seen = {"products": 0, "attention": 0, "norms": 0}
+    for node in graph.nodes:
+        op = getattr(node.target, "overloadpacket", None)
+        read = {value_of(n).dtype for n in node.all_input_nodes if isinstance(value_of(n), torch.Tensor)}
+        if op in PRODUCTS:
+            assert read == {dtype}
+            seen["products"] += 1
+        elif op in ATTENTION:
+            assert {value_of(n).dtype for n in node.args[:3]} == {dtype}
+            seen["attention"] += 1
+        elif is_call(node, aten.layer_norm.default):
+            assert read == {torch.float32}
+            seen["norms"] += 1
+    assert seen == {"products": 12, "attention": 2, "norms": 4}
+
+
+def test_what_a_choice_is_made_by_is_not_rounded():
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.up = nn.Linear(8, 4), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(x) * self.router(x).softmax(-1).topk(2).values.sum(-1, keepdim=True)
+
+    graph = capture(Router(), {"x": torch.randn(3, 8)})
+    run_passes(graph, [ComputeIn(torch.bfloat16)])
+    types = {source(n, 1).target: value_of(n).dtype for n in graph.nodes if is_call(n, aten.linear.default)}
+    router = next(value for name, value in types.items() if "router" in str(name))
+    assert router == torch.float32 and torch.bfloat16 in types.values()
+
+
+def test_an_artifact_holds_its_weights_once_and_reads_them_in_16_bits(tmp_path):
+    target = CudaTarget("orin,bf16")
+    emitted = emit(target, encoder_graph(), tmp_path / "artifact")
+    program = ready_program(emitted.folder, emitted.manifest, "model", "cpu")
+    types = {name: tensor.dtype for name, tensor in program.state_dict.items()}
+    assert types["q.0.weight"] == types["down.1.weight"] == torch.bfloat16
+    assert types["norms.0.weight"] == types["embed.weight"] == torch.float32
+    rungs = {r.name: r for r in target.verify(emitted.folder, emitted.manifest, emitted.cases)}
+    equal = rungs["artifact equals pruned model"]
+    assert equal.status == "passed" and equal.limit == 5e-2
+    assert equal.figure is not None and 1e-4 < equal.figure < 2e-2
+    kernels = emitted.written.facts["kernels"]
+    assert {k["dtype"] for k in kernels} == {"bf16"} and {k["arch"] for k in kernels} == {"sm_87"}
+    session = load(emitted.folder, device="cpu")
+    assert session.how == "exported program on the CPU"
+    got = session.run(emitted.cases[0].inputs)
+    assert all(v.dtype.name == "float32" for v in got.values())
