@@ -53,6 +53,8 @@ class Target(ABC):
     block = 1
     head_width = 1
     power_of_two_heads = False
+    # Whether packed segments become sequences of `tilecut::attention_varlen`, or stay a mask.
+    packed = False
     # How far an artifact may differ from the pruned torch model, relative to the output's magnitude.
     tolerance = 1e-4
 

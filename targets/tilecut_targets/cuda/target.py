@@ -33,6 +33,7 @@ class CudaTarget(Target):
     runtime = "torch"
     block = 64
     head_width = 8
+    packed = True
     tolerance = 1e-4
 
     def __post_init__(self) -> None:
@@ -49,7 +50,8 @@ class CudaTarget(Target):
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """model.pt2 without weights; they are in model.safetensors beside it."""
         save_program(export_program(lowered), folder / MODEL)
-        count = sum(1 for n in lowered.nodes if n.target is torch.ops.tilecut.attention.default)
+        ops = (torch.ops.tilecut.attention.default, torch.ops.tilecut.attention_varlen.default)
+        count = sum(1 for n in lowered.nodes if n.target in ops)
         return Written({"model": MODEL}, {"fused_attention": count, "attention": count})
 
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
