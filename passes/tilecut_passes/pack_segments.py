@@ -60,10 +60,10 @@ def unpackable(graph: Graph, meaning: MaskMeaning, q: fx.Node, k: fx.Node) -> st
         f"chunks of {meaning.chunk}": meaning.chunk,
         "padding": meaning.paddings or meaning.queries,
         "a bias": meaning.bias,
-        "global tokens, which it counts within a sequence": meaning.global_tokens,
+        "global tokens": meaning.global_tokens,
     }
     if beside := [what for what, there in others.items() if there]:
-        return f"the packed op has no {beside[0]} beside segments"
+        return f"{beside[0]} beside segments cannot be written as sequences"
     batch, _, length, _ = sizes_of(value_of(q))
     if sizes_of(value_of(k))[2] != length:
         return f"segments of {length} queries and {sizes_of(value_of(k))[2]} keys"
