@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from tilecut_passes.graph import (
+    PACKED_ATTENTION,
     Graph,
     Size,
     arguments,
@@ -36,12 +37,7 @@ from tilecut_passes.graph import (
 from tilecut_passes.mask_atoms import Segments
 from tilecut_passes.recognize_mask import MaskMeaning
 
-# Importing it registers tilecut::attention_varlen.
-from tilecut_runtime import attention_varlen as _attention_varlen_op
-
 aten = torch.ops.aten
-assert _attention_varlen_op
-
 CASTS = (aten._to_copy.default, aten.to.dtype)
 
 
@@ -120,7 +116,7 @@ def packed_attention(
     """The packed op for q [B, Hq, S, D], k [B, Hk, S, D], v [B, Hk, S, E], its result as [B, Hq, S, E]."""
     end_to_end = [call(aten.flatten.using_ints, call(aten.transpose.int, x, 1, 2), 0, 1) for x in (q, k, v)]
     both = call(
-        torch.ops.tilecut.attention_varlen.default,
+        PACKED_ATTENTION,
         *end_to_end,
         rows.bounds,
         rows.bounds,

@@ -20,7 +20,7 @@ from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.reference import Case
 from tilecut_runtime.torch_program import open_program, save_program
 from tilecut_targets.export_program import export_program
-from tilecut_targets.target import Target, Written, rung
+from tilecut_targets.target import Target, Written, count_attentions, rung
 
 MODEL = "model.pt2"
 
@@ -50,8 +50,7 @@ class CudaTarget(Target):
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """model.pt2 without weights; they are in model.safetensors beside it."""
         save_program(export_program(lowered), folder / MODEL)
-        ops = (torch.ops.tilecut.attention.default, torch.ops.tilecut.attention_varlen.default)
-        count = sum(1 for n in lowered.nodes if n.target in ops)
+        count = count_attentions(lowered)
         return Written({"model": MODEL}, {"fused_attention": count, "attention": count})
 
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
