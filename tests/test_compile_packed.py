@@ -52,6 +52,14 @@ def test_packed_texts_give_what_the_pruned_model_gives_them_alone(compiled, targ
             np.testing.assert_allclose(got[b], np.concatenate(alone), atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_packed_texts_run_on_the_gpu(compiled):
+    there, here = (load(compiled["cuda"].path, device=device) for device in (None, "cpu"))
+    for rows in ROWS:
+        np.testing.assert_allclose(run(there, texts(rows)), run(here, texts(rows)), atol=1e-2)
+
+
 def test_the_model_is_half_as_large(compiled):
     for artifact in compiled.values():
         heads = [g for g in artifact.plan.groups if g.kind in ("heads", "kv_groups", "neurons")]

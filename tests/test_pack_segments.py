@@ -173,6 +173,8 @@ def assert_equal(graph, made, rows=None):
         for mask in (
             torch.randint(0, 3, (rows or batch, length), generator=generator),
             (torch.arange(length) % 4)[None].repeat(rows or batch, 1) + 1,
+            # Every row goes on where the one before it ended, and is a sequence of its own.
+            torch.arange((rows or batch) * length).view(-1, length),
         ):
             given = {"x": torch.randn(batch, length, 8, generator=generator), "mask": mask}
             assert largest_error(graph.run(given), made.run(given)) < 1e-5, (batch, length)
