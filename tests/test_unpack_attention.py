@@ -50,8 +50,8 @@ class Layer(nn.Module):
         return x + self.down(torch.relu(self.up(x)))  # fmt: skip
 
 
-class PackedModel(nn.Module):
-    """Two layers over packed texts."""
+class Layers(nn.Module):
+    """Token embeddings and two layers."""
 
     def __init__(self, groups=4, longest=16, alibi=False, **options):
         super().__init__()
@@ -60,6 +60,10 @@ class PackedModel(nn.Module):
         self.longest = longest
         self.register_buffer("slopes", torch.arange(1.0, 9) / 9 if alibi else None)
 
+
+class PackedModel(Layers):
+    """Packed texts that read themselves."""
+
     def forward(self, ids, bounds):
         x = self.embed(ids)
         for layer in self.layers:
@@ -67,7 +71,7 @@ class PackedModel(nn.Module):
         return x
 
 
-class Crosses(PackedModel):
+class Crosses(Layers):
     """Queries of one text, keys of another."""
 
     def forward(self, ids, others, bounds, other_bounds):
@@ -199,13 +203,13 @@ def test_onnxruntime_gives_the_same(target, options, crossed, tmp_path):
         assert largest_error(graph.run(inputs), run_onnx(tmp_path / "model.onnx", inputs)) < 1e-4, given_texts
 
 
-class Blocks(PackedModel):
+class Blocks(Layers):
     def forward(self, ids, bounds, offsets, indices):
         x = self.embed(ids).view(-1, 4, 8)
         return attention_varlen(x, x, x, bounds, bounds, offsets, indices, max_q=64, max_k=64)[0]
 
 
-class Sums(PackedModel):
+class Sums(Layers):
     def forward(self, ids, bounds):
         x = self.embed(ids).view(-1, 4, 8)
         return attention_varlen(x, x, x, bounds, bounds, max_q=64, max_k=64)[1]
