@@ -13,6 +13,7 @@ from tilecut_passes.run_passes import largest_error
 from tilecut_runtime.session import load
 from tilecut_targets.ascend.lower_attention import LowerAttention
 from tilecut_targets.ascend.target import ATC_MODEL, CHIPS, VERIFY_MODEL, WEIGHTS, AscendTarget
+from tilecut_targets.unpack_attention import UnpackAttention
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_a_chip_is_named_in_the_command(emitted, chip):
 
 
 def test_lowering_is_one_visible_tuple():
-    assert AscendTarget().lowering == (LowerAttention(),)
+    assert AscendTarget().lowering == (UnpackAttention(), LowerAttention())
 
 
 def test_heads_that_the_op_does_not_take_are_written_out(tmp_path):

@@ -18,6 +18,7 @@ from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_residual import LowerResidual
 from tilecut_targets.edge.target import EdgeTarget, count_ops
+from tilecut_targets.unpack_attention import UnpackAttention
 
 KEPT = {
     "encoder.layer.0.attention:heads": [1, 3],
@@ -135,7 +136,7 @@ def test_a_file_that_is_no_onnx_does_not_pass(emitted, tmp_path):
 
 
 def test_lowering_is_one_visible_tuple():
-    assert EdgeTarget().lowering == (LowerAttention(), LowerResidual(), LowerBiasGelu())
+    assert EdgeTarget().lowering == (UnpackAttention(), LowerAttention(), LowerResidual(), LowerBiasGelu())
 
 
 def test_a_model_without_attention_is_written_too(tmp_path):

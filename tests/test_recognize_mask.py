@@ -10,7 +10,7 @@ from torch import nn
 from checks import bert_graph, randomise
 from tilecut_passes.capture import capture
 from tilecut_passes.graph import source
-from tilecut_passes.mask_atoms import Padding
+from tilecut_passes.mask_atoms import Padding, Segments
 from tilecut_passes.recognize_mask import MaskMeaning, recognize_mask
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -136,10 +136,10 @@ MEANINGS = [
         lambda self, mask, s: (((ramp(s)[:, None] - ramp(s)) < 4) | (ramp(s) == 0)) & tril(s),
         MaskMeaning("top_left", (3, -1), 1),
     ),
-    (lambda self, mask, s: mask[:, None, :, None] == mask[:, None, None, :], MaskMeaning(segments=("mask",))),
+    (lambda self, mask, s: mask[:, None, :, None] == mask[:, None, None, :], MaskMeaning(segments=(Segments("mask", "ids"),))),
     (
         lambda self, mask, s: (mask == 0).cumsum(1)[:, :, None].eq((mask == 0).cumsum(1)[:, None])[:, None] & tril(s),
-        MaskMeaning("top_left", segments=("mask",)),
+        MaskMeaning("top_left", segments=(Segments("mask", "restarts"),)),
     ),
     (lambda self, mask, s: (mask != 0)[:, None, :, None], MaskMeaning(queries=(Padding("mask"),))),
     (lambda self, mask, s: (ramp(s)[:, None] // 6 == ramp(s) // 6) & tril(s), MaskMeaning("top_left", chunk=6)),

@@ -1,7 +1,8 @@
 """Count multiply-accumulates of a graph, as a function of how many units each group keeps.
 
 Every contraction contributes the product of its axes' sizes: a linear layer B x S x O x I, attention B x H x Sq x Sk x
-(D + E). Softmax, norms and activations have none. Dynamic sizes are fixed by `at`.
+(D + E). Softmax, norms and activations have none. Dynamic sizes are fixed by `at`. How long packed sequences are is known
+at run time only: they count Tq x H x (D + E) times the keys of the longest that there may be, an upper bound.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import sympy
 import torch
 from torch import fx
 
-from tilecut_passes.axes.axis import Axis
+from tilecut_passes.axes.axis import Axis, normal
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes, Types, broadcast
 from tilecut_passes.axes.rules_contractions import MATMULS
 from tilecut_passes.axes.rules_convolutions import CONVOLUTIONS, is_transposed
-from tilecut_passes.graph import Graph, Size, arguments, number_of
+from tilecut_passes.graph import PACKED_ATTENTION, Graph, Size, arguments, number_of, size_of, value_of
 
 aten = torch.ops.aten
 
@@ -152,6 +153,15 @@ def _attention(axes: Axes, node: fx.Node) -> list[Types]:
     return [[*q, k[-2]], [*axes.of[node], v[-2]]]
 
 
+def _packed_attention(axes: Axes, node: fx.Node) -> list[Types]:
+    """As if every query met the longest sequence's keys: `max_k` of them, or all that there are where those are fewer."""
+    q, k = axes.input(node), axes.input(node, 1)
+    longest = arguments(node)["max_k"]
+    longest = size_of(value_of(longest) if isinstance(longest, fx.Node) else longest)
+    met = Axis(normal(sympy.Min(longest, k[0].size)))
+    return [[*q, met], [*axes.of[node][0], met]]
+
+
 def _convolution(axes: Axes, node: fx.Node) -> list[Types]:
     """Every result, or every input of a transposed one, meets a window of the other's channels in its group."""
     a = arguments(node)
@@ -166,6 +176,7 @@ TERMS: dict[object, Callable[[Axes, fx.Node], list[Types]]] = {
     aten.addbmm.default: _add_batch_matmul,
     aten.linalg_vecdot.default: _vector_dot,
     **dict.fromkeys((aten.scaled_dot_product_attention.default, torch.ops.tilecut.attention.default), _attention),
+    PACKED_ATTENTION: _packed_attention,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
 }
 

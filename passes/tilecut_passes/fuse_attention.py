@@ -4,7 +4,8 @@ Before: attention as `find_attention.py` lists it: fused, or written out with it
 After: tilecut::attention(q, k, v, key_padding, bias, slopes, scale=, causal=, window=, global_tokens=, softcap=), heads
 apart: a mask that is recognised (`recognize_mask.py`) becomes options and key_padding, a bias beside it stays, ALiBi
 becomes slopes, and the rest of the mask's sub-graph dies; any other mask is kept as an additive bias, and
-`graph.refusals` says why. Repeated key and value heads become grouped queries. Factors on q and k join the scale.
+`graph.refusals` says why. With `packed`, a mask of packed segments makes it a tilecut::attention_varlen over the rows end
+to end (`pack_segments.py`). Repeated key and value heads become grouped queries. Factors on q and k join the scale.
 Left alone, with the reason in `graph.refusals`: attention weights that something else reads, dropout in training, scores
 that pass anything but `find_attention.py`'s steps, operands that do not fit the op.
 """
@@ -19,8 +20,20 @@ import torch
 from torch import Tensor, fx
 
 from tilecut_passes.find_attention import Attention, Operand, find_attention, is_batched_add, keeps_order
-from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, map_nodes, sizes_of, source, value_of
-from tilecut_passes.mask_atoms import Padding
+from tilecut_passes.graph import (
+    Graph,
+    Refusal,
+    Size,
+    arguments,
+    calls_before,
+    is_call,
+    map_nodes,
+    sizes_of,
+    source,
+    value_of,
+)
+from tilecut_passes.mask_atoms import Padding, Segments
+from tilecut_passes.pack_segments import Rows, find_rows, packed_attention, unpackable
 from tilecut_passes.recognize_mask import MaskMeaning, recognize_mask
 
 # Importing it registers tilecut::attention.
@@ -32,7 +45,9 @@ assert _attention_op
 
 @dataclass(frozen=True)
 class FuseAttention:
-    """Every attention becomes one op."""
+    """Every attention becomes one op; with `packed`, packed segments become sequences of the packed op, else a bias."""
+
+    packed: bool = False
 
     def match(self, graph: Graph, node: fx.Node) -> Attention | str | None:
         """The attention at a node, the reason why it cannot be fused, or None when it is none."""
@@ -40,7 +55,7 @@ class FuseAttention:
 
     def __call__(self, graph: Graph) -> int:
         """Fuse in place; returns the number of attentions."""
-        shared = _Shared()
+        shared = _Shared(self.packed)
         count = 0
         for node in list(graph.nodes):
             found = self.match(graph, node)
@@ -56,10 +71,12 @@ class FuseAttention:
 class _Shared:
     """What attentions of one graph share: masks by their chains, their meanings, and nodes made for them."""
 
+    packed: bool = False
     masks: dict[str, fx.Node | None] = field(default_factory=dict)
     meanings: dict[fx.Node, MaskMeaning | str] = field(default_factory=dict)
     paddings: dict[tuple[Padding, ...], fx.Node] = field(default_factory=dict)
     slopes: dict[tuple[float, ...], fx.Node] = field(default_factory=dict)
+    rows: dict[tuple[tuple[Segments, ...], Size], Rows] = field(default_factory=dict)
 
 
 def _fuse(graph: Graph, found: Attention, shared: _Shared) -> str | None:
@@ -71,7 +88,17 @@ def _fuse(graph: Graph, found: Attention, shared: _Shared) -> str | None:
         k, v = _grouped(k, v)
         if reason := _misfit(q, k, v):
             return reason
-        options, given = _masking(graph, found, q, k, shared)
+        mask, meaning = _meaning(graph, found, q, k, shared)
+        if isinstance(meaning, MaskMeaning) and meaning.segments and shared.packed:
+            reason = unpackable(graph, meaning, q, k)
+            if reason is None:
+                rows = _rows(graph, meaning, q, shared)
+                slopes = _slopes(graph, meaning.slopes, int(value_of(q).shape[1]), shared)
+                made = packed_attention(call, q, k, v, slopes, rows, meaning, found.scale, found.softcap)
+                _replace(graph, found, made)
+                return None
+            meaning = f"{meaning}; {reason}"
+        options, given = _masking(graph, found, q, mask, meaning, shared)
         made = call(
             torch.ops.tilecut.attention.default,
             q,
@@ -151,27 +178,35 @@ def _misfit(q: fx.Node, k: fx.Node, v: fx.Node) -> str | None:
     return None
 
 
-def _masking(
+def _meaning(
     graph: Graph, found: Attention, q: fx.Node, k: fx.Node, shared: _Shared
-) -> tuple[dict[str, Any], tuple[fx.Node | None, fx.Node | None, fx.Node | None]]:
-    """The op's options, and its key_padding, bias and alibi_slopes."""
-    options = {"causal": "top_left" if found.is_causal else "none", "window": [-1, -1], "global_tokens": 0}
+) -> tuple[fx.Node | None, MaskMeaning | str]:
+    """The mask of an attention as one node, None where it has none, and its meaning or the reason why it has none."""
     key = _chain(found)
     if key not in shared.masks:
         shared.masks[key] = _additive(graph, found)
     mask = shared.masks[key]
     if mask is None:
-        return options, (None, None, None)
+        return None, MaskMeaning()
     if mask not in shared.meanings:
         shared.meanings[mask] = recognize_mask(graph, mask, q, k)
-    meaning = shared.meanings[mask]
+    return mask, shared.meanings[mask]
+
+
+def _masking(
+    graph: Graph, found: Attention, q: fx.Node, mask: fx.Node | None, meaning: MaskMeaning | str, shared: _Shared
+) -> tuple[dict[str, Any], tuple[fx.Node | None, fx.Node | None, fx.Node | None]]:
+    """The dense op's options, and its key_padding, bias and alibi_slopes."""
+    options = {"causal": "top_left" if found.is_causal else "none", "window": [-1, -1], "global_tokens": 0}
+    if mask is None:
+        return options, (None, None, None)
     if isinstance(meaning, str) or meaning.beyond is not None:
         why = meaning if isinstance(meaning, str) else meaning.beyond
         graph.refusals.append(Refusal("FuseAttention", mask.name, f"mask kept as a tensor: {why}"))
         return options, (None, _as_bias(graph, found, mask), None)
     options = {"causal": meaning.causal, "window": list(meaning.window), "global_tokens": meaning.global_tokens}
     bias = None if meaning.bias is None else _named_bias(graph, found, meaning)
-    slopes = _slopes(graph, meaning.slopes, int(value_of(q).shape[1]), shared) if meaning.slopes else None
+    slopes = _slopes(graph, meaning.slopes, int(value_of(q).shape[1]), shared)
     return options, (_key_padding(graph, meaning.paddings, mask, shared), bias, slopes)
 
 
@@ -283,8 +318,18 @@ def _seen_keys(graph: Graph, paddings: tuple[Padding, ...]) -> fx.Node:
     return first
 
 
-def _slopes(graph: Graph, slopes: tuple[float, ...], heads: int, shared: _Shared) -> fx.Node:
-    """A tensor [H] of the slopes."""
+def _rows(graph: Graph, meaning: MaskMeaning, q: fx.Node, shared: _Shared) -> Rows:
+    """The bounds of the segments, made once."""
+    key = (meaning.segments, sizes_of(value_of(q))[0])
+    if key not in shared.rows:
+        shared.rows[key] = find_rows(graph, meaning.segments, q)
+    return shared.rows[key]
+
+
+def _slopes(graph: Graph, slopes: tuple[float, ...], heads: int, shared: _Shared) -> fx.Node | None:
+    """A tensor [H] of the slopes; None where there are none."""
+    if not slopes:
+        return None
     if len(slopes) == 1:
         slopes = slopes * heads
     if slopes not in shared.slopes:

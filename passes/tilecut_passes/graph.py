@@ -24,7 +24,12 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+# Importing it registers tilecut::attention_varlen.
+from tilecut_runtime import attention_varlen as _attention_varlen_op
 from tilecut_runtime.manifest import DimRange, TensorSpec
+
+assert _attention_varlen_op
+PACKED_ATTENTION = torch.ops.tilecut.attention_varlen.default
 
 Returns = Literal["tensor", "tuple", "mapping"]
 Size = int | sympy.Expr
@@ -181,9 +186,16 @@ class Graph:
             _Propagate(self.module, mode).run(*(n.meta["val"] for n in self.placeholders))
 
     def row_sizes(self) -> set[str]:
-        """Names of the dynamic sizes that count independent rows: the first dimension of an input."""
+        """Names of the dynamic sizes that count independent rows: the first dimension of an input.
+
+        The tokens of packed sequences are not independent, and their bounds are no rows.
+        """
         shapes = (sizes_of(n.meta["val"]) for n in self.placeholders)
-        return {self.dims[symbol] for shape in shapes if shape for symbol in symbols_of(shape[0])}
+        packed = [n for n in self.nodes if is_call(n, PACKED_ATTENTION)]
+        tied = {sizes_of(value_of(source(n, i)))[0] for n in packed for i in (0, 1, 3, 4)}
+        return {
+            self.dims[symbol] for shape in shapes if shape and shape[0] not in tied for symbol in symbols_of(shape[0])
+        }
 
     def traced_at(self, symbol: sympy.Symbol) -> int:
         """The number that a symbol stood for when the model was traced."""

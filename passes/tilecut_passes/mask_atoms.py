@@ -79,6 +79,21 @@ class Padding:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Positions of one segment see one another; `kind` says how `source`, an input or an inner node, tells segments apart.
+
+    `SEGMENTS` has the kinds: ids (equal ones, wherever they are), restarts (a segment begins at a 0), breaks (it begins at
+    a position that is not the one before plus 1).
+    """
+
+    source: str
+    kind: str
+
+    def __str__(self) -> str:
+        return self.source
+
+
+@dataclass(frozen=True)
 class Atom:
     """A set of pairs: `allowed` [B|1, Sq|1, Sk|1] on an observation, None where the atom does not fit its sizes."""
 
@@ -140,7 +155,7 @@ def atoms_of(
     for node in whole:
         name = names.get(node, node.name)
         for kind in SEGMENTS if node in names else ("ids",):
-            yield Atom("segments", name, lambda one, n=node, k=kind: _segments(one, n, k))
+            yield Atom("segments", Segments(name, kind), lambda one, n=node, k=kind: _segments(one, n, k))
     for c in sorted(literals_of(cone)):
         yield Atom("chunk", c, lambda one, c=c: _chunk(one, shift, c))
     for node, padding in paddings:

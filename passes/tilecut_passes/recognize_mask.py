@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, fx
 
 from tilecut_passes.graph import Graph, Size, number_of, sizes_of, value_of
-from tilecut_passes.mask_atoms import Atom, Observation, Padding, atoms_of, bound_in_reality, equal, sizes_fit
+from tilecut_passes.mask_atoms import (
+    Atom,
+    Observation,
+    Padding,
+    Segments,
+    atoms_of,
+    bound_in_reality,
+    equal,
+    sizes_fit,
+)
 from tilecut_passes.mask_probes import (
     LARGE,
     MASKED,
@@ -47,7 +56,7 @@ class MaskMeaning:
 
     Attributes:
         paddings: all of them must let a key through.
-        segments: inputs or nodes whose segments do not see one another.
+        segments: which do not see one another; all of them together.
         chunk: positions see only their own run of `chunk`; 0 for none.
         queries: queries that see nothing.
         shift: where the diagonal of a window without causality starts.
@@ -59,7 +68,7 @@ class MaskMeaning:
     window: tuple[int, int] = (-1, -1)
     global_tokens: int = 0
     paddings: tuple[Padding, ...] = ()
-    segments: tuple[str, ...] = ()
+    segments: tuple[Segments, ...] = ()
     chunk: int = 0
     queries: tuple[Padding, ...] = ()
     shift: str = "bottom_right"

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.enforce_block_multiple import EnforceBlockMultiple
 from tilecut_passes.enforce_head_width import EnforceHeadWidth
 from tilecut_passes.enforce_power_of_two_heads import EnforcePowerOfTwoHeads
-from tilecut_passes.graph import Graph
+from tilecut_passes.graph import PACKED_ATTENTION, Graph, is_call
 from tilecut_passes.legalize_groups import LegalizeGroups
 from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
@@ -53,6 +55,8 @@ class Target(ABC):
     block = 1
     head_width = 1
     power_of_two_heads = False
+    # Whether packed segments become sequences of `tilecut::attention_varlen`, or stay a mask.
+    packed = False
     # How far an artifact may differ from the pruned torch model, relative to the output's magnitude.
     tolerance = 1e-4
 
@@ -122,6 +126,11 @@ class Target(ABC):
 
     def __str__(self) -> str:
         return f"{self.name}:{self.chip}" if self.chip else self.name
+
+
+def count_attentions(graph: Graph) -> int:
+    """How many attentions a fused graph has, dense and packed."""
+    return sum(is_call(n, torch.ops.tilecut.attention.default, PACKED_ATTENTION) for n in graph.nodes)
 
 
 def rung(name: str, figure: float, limit: float, detail: str) -> Rung:

@@ -17,8 +17,8 @@ def keys_behind(q: Tensor, k: Tensor, causal: str) -> Tensor:
     return torch.arange(sq, device=q.device)[:, None] + shift - torch.arange(sk, device=q.device)[None, :]
 
 
-def outside_window(behind: Tensor, window: Sequence[int], global_tokens: int) -> Tensor:
-    """The pairs that the window hides, global tokens left out, bool [Sq, Sk]."""
+def outside_window(behind: Tensor, window: Sequence[int], global_tokens: int, key: Tensor | None = None) -> Tensor:
+    """The pairs that the window hides, global tokens left out, bool [Sq, Sk]; `key` [Sk] is where the keys stand."""
     left, right = window
     outside = torch.zeros_like(behind, dtype=torch.bool)
     if left >= 0:
@@ -26,7 +26,7 @@ def outside_window(behind: Tensor, window: Sequence[int], global_tokens: int) ->
     if right >= 0:
         outside = outside | (-behind > right)
     if global_tokens:
-        key = torch.arange(behind.shape[1], device=behind.device)
+        key = torch.arange(behind.shape[1], device=behind.device) if key is None else key
         # The query's place among the keys is how far key 0 lies behind it.
         outside = outside & (key >= global_tokens) & (behind + key >= global_tokens)
     return outside

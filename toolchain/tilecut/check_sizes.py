@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from tilecut.make_bounds import find_bounds
 from tilecut.make_cases import make_inputs
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import CaptureError, first_line
@@ -53,7 +54,8 @@ def check_sizes(graph: Graph, model: str) -> None:
 
 def _failure(graph: Graph, length: int) -> Exception | None:
     """What running one row of `length` raises; ids are the last of their table, so that none is taken for padding."""
-    inputs = {name: _last(value) for name, value in make_inputs(graph, 1, length, seed=0, ragged=False).items()}
+    made, bounds = make_inputs(graph, 1, length, seed=0, ragged=False), find_bounds(graph)
+    inputs = {name: value if name in bounds else _last(value) for name, value in made.items()}
     try:
         graph.run(inputs)
     except (RuntimeError, IndexError) as e:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tilecut.make_bounds import find_bounds
 from tilecut_passes.calibration import Batch
 from tilecut_passes.example_inputs import PAST_SEQUENCE
-from tilecut_passes.graph import Graph, is_call, size_at, source, value_of
+from tilecut_passes.graph import Graph, is_call, size_at, source, symbols_of, value_of
 from tilecut_runtime.reference import Case
 
 # (batch, length) of the cases; lengths are cut to what the model allows.
@@ -20,7 +21,7 @@ def make_inputs(graph: Graph, batch: int, length: int, seed: int, ragged: bool =
     """Random inputs: ids from the embedding that reads them, masks right-padded to random lengths (the first row whole).
 
     Every dynamic size that is not the first of its inputs is `length`, within its own range; with a cache, `length` is
-    the past and the present together.
+    the past and the present together. Bounds of packed sequences divide their tokens among `batch` of them, or more.
     """
     rows = graph.row_sizes()
     sizes = {name: _within(graph, name, batch if name in rows else length) for name in graph.dims.values()}
@@ -30,13 +31,20 @@ def make_inputs(graph: Graph, batch: int, length: int, seed: int, ragged: bool =
         sizes[PAST_SEQUENCE] = _within(graph, PAST_SEQUENCE, total // 2)
         sizes["sequence"] = max(total - sizes[PAST_SEQUENCE], 1)
     generator = torch.Generator().manual_seed(seed)
+    at = {symbol: sizes[name] for symbol, name in graph.dims.items()}
+    bounds = find_bounds(graph)
+    for one in bounds.values():
+        for symbol in symbols_of(one.size):
+            sizes[graph.dims[symbol]] = _within(graph, graph.dims[symbol], one.count(batch, at) + 1)
     out = {}
     for name, node, spec in zip(graph.inputs, graph.placeholders, graph.input_specs(), strict=True):
         shape = [size_at(s, sizes) for s in spec.shape]
         dtype = getattr(torch, spec.dtype)
         tables = [source(u) for u in node.users if is_call(u, torch.ops.aten.embedding.default) and u.args[1] is node]
         table_rows = min((int(value_of(t).shape[0]) for t in tables), default=2)
-        if dtype.is_floating_point:
+        if name in bounds:
+            out[name] = bounds[name].make(shape[0], at, generator).to(dtype)
+        elif dtype.is_floating_point:
             out[name] = torch.randn(shape, generator=generator).to(dtype)
         elif "mask" in name and len(shape) == 2:
             lengths = torch.randint(1, shape[1] + 1, (shape[0],), generator=generator)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from tilecut_passes.axes.axis import divide, regroup, unify
+from tilecut_passes.axes.axis import Axis, divide, regroup, unify
 from tilecut_passes.axes.infer import (
     Axes,
     NodeTypes,
@@ -22,7 +22,7 @@ from tilecut_passes.axes.infer import (
     op_name,
     result_is_used,
 )
-from tilecut_passes.graph import source, value_of
+from tilecut_passes.graph import PACKED_ATTENTION, source, value_of
 
 # Importing them registers tilecut's ops.
 from tilecut_runtime import attention as _attention_op
@@ -117,12 +117,7 @@ def attention(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     q, k, v = (axes.of[a[name]] for name in keys)
     if k[-3].root.size != q[-3].root.size:
         for kv in (k, v):
-            got = regroup(q[-3].factors, [kv[-3].root.size, divide(q[-3].root.size, kv[-3].root.size) or 0])
-            if got is None:
-                q[-3].freeze("query heads that do not divide into KV groups")
-                kv[-3].freeze("query heads that do not divide into KV groups")
-            else:
-                unify(got[0], kv[-3], node.name)
+            _group_queries(q[-3], kv[-3], node.name)
         batch = q[:-2]
     else:
         batch = broadcast([q[:-2], k[:-2], v[:-2]], node.name)
@@ -136,6 +131,37 @@ def attention(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     axes.sink(node, 0, -1)
     _mark_attention(batch[1:], q[-1], v[-1])
     return [*batch, q[-2], v[-1]]
+
+
+def _group_queries(q_heads: Axis, kv_heads: Axis, why: str) -> None:
+    """Hq is Hk times the queries of a group."""
+    got = regroup(q_heads.factors, [kv_heads.root.size, divide(q_heads.root.size, kv_heads.root.size) or 0])
+    if got is None:
+        q_heads.freeze("query heads that do not divide into KV groups")
+        kv_heads.freeze("query heads that do not divide into KV groups")
+    else:
+        unify(got[0], kv_heads, why)
+
+
+def packed_attention(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
+    """[Tq, Hq, D], [Tk, Hk, D], [Tk, Hk, E] -> [Tq, Hq, E] and [Hq, Tq]; sequences lie along the tokens."""
+    q, k, v = (axes.of[a[name]] for name in "qkv")
+    for kv in (k, v):
+        _group_queries(q[1], kv[1], node.name)
+    unify(q[2], k[2], node.name)
+    unify(k[0], v[0], node.name)
+    for tokens in (q[0], k[0]):
+        tokens.freeze("sequences lie along it")
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "block_offsets", "block_indices"):
+        if a[name] is not None:
+            freeze_all(axes.of[a[name]], "it bounds sequences")
+    if a["block_offsets"] is not None and value_of(a["block_offsets"]).shape[0] != 1:
+        q[1].freeze("every head has a block list of its own")
+    if a["alibi_slopes"] is not None:
+        unify(q[1], axes.operand(node, a["alibi_slopes"])[0], node.name)
+    axes.sink(node, 0, 2)
+    _mark_attention(q[1:2], q[2], v[2])
+    return [[q[0], q[1], v[2]], [q[1], q[0]]]
 
 
 def embedding(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
@@ -193,6 +219,7 @@ RULES = {
     aten.addr.default: outer,
     aten.scaled_dot_product_attention.default: attention,
     torch.ops.tilecut.attention.default: attention,
+    PACKED_ATTENTION: packed_attention,
     aten.embedding.default: embedding,
     aten.embedding_bag.default: embedding_bag,
     aten.embedding_bag.padding_idx: embedding_bag,

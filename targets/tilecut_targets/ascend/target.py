@@ -23,7 +23,8 @@ from tilecut_targets.ascend import npu_ops
 from tilecut_targets.ascend.lower_attention import LowerAttention
 from tilecut_targets.check_onnx import check_onnx
 from tilecut_targets.decompose_attention import decomposed_attention
-from tilecut_targets.target import Target, Written, rung
+from tilecut_targets.target import Target, Written, count_attentions, rung
+from tilecut_targets.unpack_attention import UnpackAttention
 from tilecut_targets.write_onnx import write_onnx
 
 ATC_MODEL, VERIFY_MODEL, WEIGHTS = "graph/model_atc.onnx", "graph/verify.onnx", "graph/weights.bin"
@@ -53,7 +54,7 @@ class AscendTarget(Target):
     @property
     def lowering(self) -> tuple[Pass, ...]:
         """CANN's fused attention."""
-        return (LowerAttention(),)
+        return (UnpackAttention(), LowerAttention())
 
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """The file for ATC and its twin with a model-local function; both read the weights beside them."""
@@ -73,11 +74,10 @@ class AscendTarget(Target):
         if fused_nodes:
             model.functions.append(npu_ops.reference_function(has_mask=len(fused_nodes[0].input) > 3))
         onnx.save(model, str(folder / VERIFY_MODEL))
-        attentions = sum(1 for n in fused.nodes if n.target is torch.ops.tilecut.attention.default)
         facts = {
             "soc": self.soc,
             "fused_attention": len(fused_nodes),
-            "attention": attentions,
+            "attention": count_attentions(fused),
             "onnx_nodes": len(model.graph.node),
         }
         return Written({"model": ATC_MODEL, "verify": VERIFY_MODEL, "weights": WEIGHTS}, facts)

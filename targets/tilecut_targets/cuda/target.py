@@ -28,11 +28,10 @@ from tilecut_targets.cuda.chips import SHARED_LIMIT, Wish, read_wish
 from tilecut_targets.cuda.compute_in import ComputeIn
 from tilecut_targets.cuda.wave_model import wave_model
 from tilecut_targets.export_program import export_program
-from tilecut_targets.target import Target, Written, rung
+from tilecut_targets.target import Target, Written, count_attentions, rung
 
 MODEL = "model.pt2"
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-OPS = (torch.ops.tilecut.attention.default, torch.ops.tilecut.attention_varlen.default)
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class CudaTarget(Target):
     runtime = "torch"
     block = 64
     head_width = 8
+    packed = True
 
     def __post_init__(self) -> None:
         read_wish(self.chip)
@@ -69,7 +69,7 @@ class CudaTarget(Target):
 
         save_program(export_program(lowered), folder / MODEL)
         cubins = build_cubins(lowered, self.wish.archs, folder)
-        count = sum(1 for n in lowered.nodes if n.target in OPS)
+        count = count_attentions(lowered)
         entry = {"model": MODEL, **({"kernels": KERNELS} if cubins else {})}
         facts = {"fused_attention": count, "attention": count, "dtype": self.wish.dtype, "kernels": summary(cubins)}
         return Written(entry, facts)

@@ -17,6 +17,7 @@ from tilecut_runtime.reference import Arrays
 from tilecut_targets.decompose_attention import decomposed_attention
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.target import Contenders
+from tilecut_targets.unpack_attention import UnpackAttention
 from tilecut_targets.write_onnx import write_onnx
 
 PRUNED, DENSE = "pruned artifact", "dense, same path"
@@ -30,7 +31,9 @@ def contend(lowering: Sequence[Pass], dense: Graph, artifact: Path, threads: int
     # The dense model may call the op itself, which torch has no ONNX form for.
     decompose = {torch.ops.tilecut.attention.default: decomposed_attention}
     write_onnx(fused, scratch / "dense.onnx", ort_ops.ONNX_OPSET, decompose)
-    write_onnx(dense, scratch / "exported.onnx", ort_ops.ONNX_OPSET, decompose)
+    exported = dense.copy()
+    run_passes(exported, [UnpackAttention()])
+    write_onnx(exported, scratch / "exported.onnx", ort_ops.ONNX_OPSET, decompose)
     runners = {
         PRUNED: plain_session(artifact, threads),
         DENSE: plain_session(scratch / "dense.onnx", threads),

@@ -28,7 +28,8 @@ from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_residual import LowerResidual
 from tilecut_targets.edge.measure_layers import measure_layers
-from tilecut_targets.target import Contenders, Target, Written, rung
+from tilecut_targets.target import Contenders, Target, Written, count_attentions, rung
+from tilecut_targets.unpack_attention import UnpackAttention
 from tilecut_targets.write_onnx import write_onnx
 
 MODEL = "model.onnx"
@@ -51,7 +52,7 @@ class EdgeTarget(Target):
     @property
     def lowering(self) -> tuple[Pass, ...]:
         """Fused forms of onnxruntime's CPU provider."""
-        return (LowerAttention(), LowerResidual(), LowerBiasGelu())
+        return (UnpackAttention(), LowerAttention(), LowerResidual(), LowerBiasGelu())
 
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """model.onnx at the folder's root."""
@@ -59,14 +60,13 @@ class EdgeTarget(Target):
             lowered, folder / MODEL, ort_ops.ONNX_OPSET, {torch.ops.tilecut.attention.default: decomposed_attention}
         )
         counts = count_ops(folder / MODEL)
-        attentions = sum(1 for n in fused.nodes if n.target is torch.ops.tilecut.attention.default)
         fused_nodes = sum(counts[op] for op in FUSED_ATTENTION)
         return Written(
             {"model": MODEL},
             {
                 "onnx_nodes": sum(counts.values()),
                 "fused_attention": fused_nodes,
-                "attention": attentions,
+                "attention": count_attentions(fused),
                 "onnx_ops": dict(counts.most_common()),
             },
         )
