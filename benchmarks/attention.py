@@ -317,7 +317,7 @@ class Bench:
             for row in rows:
                 if row.get("ms"):
                     row["of_copy"] = moved / (row["ms"] / 1e3) / copied
-                row |= {"panel": "decode, % of a copy's bandwidth", "series": row["name"]}
+                row |= {"panel": "decode", "series": row["name"], "unit": "% of a copy's bandwidth"}
                 row["height"] = 100 * row["of_copy"] if "of_copy" in row else None
             contenders.show(held["case"], rows, {"of_copy": ".0%"})
             yield rows

@@ -162,9 +162,9 @@ def attempt(make: Callable[[], Entry], tolerance: float) -> Row:
 
 
 def release() -> None:
-    """Give memory back, so that one contender's does not weigh on the next."""
-    gc.collect()
+    """Give a GPU's memory back, so that one contender's does not weigh on the next."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -301,7 +301,7 @@ def finish(output: Path, rows: Sequence[Row], goals: Sequence[Goal], unit: str) 
 
 
 def draw(rows: Sequence[Row], path: Path, unit: str) -> None:
-    """Bars: a panel for each `panel`, groups by `x`, a colour for each `series`, heights `height`."""
+    """Bars: a panel for each `panel`, groups by `x`, a colour for each `series`, heights `height` in the row's `unit`."""
     # No pyplot: it keeps figures, and picks a window system.
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -311,7 +311,7 @@ def draw(rows: Sequence[Row], path: Path, unit: str) -> None:
     colours = {name: colormaps["tab10"](i % 10) for i, name in enumerate(dict.fromkeys(r["series"] for r in shown))}
     across = min(4, max(1, len(panels)))
     down = max(1, math.ceil(len(panels) / across))
-    figure = Figure(figsize=(5 * across, 3.6 * down), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5 * across, 3.6 * down), dpi=90, layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
@@ -326,6 +326,6 @@ def draw(rows: Sequence[Row], path: Path, unit: str) -> None:
             axis.bar(at, [row["height"] for row in held], width, color=colours[name], label=name)
         axis.set_xticks(range(len(places)), list(places), rotation=30, ha="right", fontsize=7)
         axis.set_title(panel, fontsize=9)
-        axis.set_ylabel(unit, fontsize=8)
+        axis.set_ylabel(mine[0].get("unit", unit), fontsize=8)
         axis.legend(fontsize=6)
     figure.savefig(path)
