@@ -13,7 +13,7 @@
 Before it is timed every contender is compared with float64: the last KV head of the last sequence, with all queries that
 read it; outputs, and the gradients of q, k and v. All contenders of a case run in turn, round by round. FLOP: 4 for each
 pair, query head and channel (half of the pairs if causal), 10 in the backward. Without a GPU it runs small sizes in
-float32, which says nothing about speed: it keeps this script alive.
+float32, which says nothing about speed: it keeps this script alive. The JSON is written anew after every case.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Size:
 
 SIZES = {
     "paper": Size(Shape(24, 1024, 16, 64, 4096, 1024, 1024), 32, 12, 100, 20, True, "inductor", True),
-    "small": Size(Shape(1, 32, 4, 8, 64, 64, 48), 4, 0, 2, 1, False, "aot_eager", False),
+    "small": Size(Shape(1, 32, 4, 8, 64, 64, 48), 4, 0, 3, 2, False, "aot_eager", False),
 }
 
 

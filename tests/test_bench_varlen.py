@@ -69,7 +69,7 @@ def test_attention_py(tmp_path):
 
 
 def test_varlen_py(tmp_path):
-    held = run_benchmark("varlen", tmp_path, "--steps", "2", "--warmup", "1")
+    held = run_benchmark("varlen", tmp_path, "--steps", "3", "--warmup", "2")
     cases = by_case(held["rows"])
     names = [*decoder.layouts(8), varlen.PRUNED]
     for case in ("decoder, eval", "decoder, train"):
