@@ -417,15 +417,14 @@ def prepare_torch() -> None:
 
 def main() -> None:
     options = contenders.arguments(__doc__, "attention").parse_args()
-    device = torch.device(options.device)
-    size = options.size or ("paper" if device.type == "cuda" else "small")
+    device, size, output = contenders.chosen(options, "attention")
     prepare_torch()
     bench = Bench(SIZES[size], device, options.only)
     header = {"size": size, "clock": bench.clock.describe(), **contenders.environment(device)}
     console.print(f"{header['gpu'] or 'no GPU'}; {header['clock']}")
     for _ in bench.run():
-        contenders.write(options.output, header, bench.rows, bench.goals())
-    contenders.finish(options.output, bench.rows, bench.goals(), "TFLOP/s")
+        contenders.write(output, header, bench.rows, bench.goals())
+    contenders.finish(output, bench.rows, bench.goals(), "TFLOP/s")
 
 
 if __name__ == "__main__":

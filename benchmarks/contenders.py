@@ -127,19 +127,29 @@ def race(
         if row["status"] == "ok":
             runs[name] = run
         rows.append(row)
-    try:
-        times = clock.time(runs) if runs else {}
-    except Exception as e:
-        times = {}
-        for row in rows:
-            if row["status"] == "ok":
-                row |= {"status": "failed", "why": f"while timed: {first_line(e)}"}
+    failed: dict[str, str] = {}
+    times = clock.time({name: _guarded(name, run, failed) for name, run in runs.items()}) if runs else {}
     for row in rows:
-        if row["name"] in times:
+        if row["name"] in failed:
+            row |= {"status": "failed", "why": f"while timed: {failed[row['name']]}"}
+        elif row["name"] in times:
             row["ms"] = times[row["name"]]
     del runs
     release()
     return rows
+
+
+def _guarded(name: str, run: Run, failed: dict[str, str]) -> Run:
+    """A run that does no more once it raised, and says why."""
+
+    def guarded() -> None:
+        if name not in failed:
+            try:
+                run()
+            except Exception as e:
+                failed[name] = first_line(e)
+
+    return guarded
 
 
 def attempt(make: Callable[[], Entry], tolerance: float) -> Row:
@@ -223,8 +233,18 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=("paper", "small"), help="default: paper on CUDA, small elsewhere")
     parser.add_argument("--only", help="contenders and sections whose names hold one of these words, comma-separated")
-    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="the PNG is written beside it")
+    default = f"benchmarks/results/{name}.json, {name}-small.json for the small size"
+    parser.add_argument("--output", type=Path, help=f"JSON; the PNG is written beside it; default: {default}")
     return parser
+
+
+def chosen(options: argparse.Namespace, name: str) -> tuple[torch.device, str, Path]:
+    """The device, the size and the output."""
+    device = torch.device(options.device)
+    size = options.size or ("paper" if device.type == "cuda" else "small")
+    # What a small run writes must not be taken for a result.
+    output = options.output or RESULTS / (f"{name}.json" if size == "paper" else f"{name}-small.json")
+    return device, size, output
 
 
 def wanted(only: str | None, *names: str) -> bool:

@@ -428,8 +428,7 @@ def chosen_size(options: argparse.Namespace, name: str) -> Size:
 def main() -> None:
     options = parse()
     transformers.utils.logging.set_verbosity_error()
-    device = torch.device(options.device)
-    name = options.size or ("paper" if device.type == "cuda" else "small")
+    device, name, output = contenders.chosen(options, "varlen")
     size = chosen_size(options, name)
     if not 0 <= size.warmup < size.steps:
         raise SystemExit(f"--warmup: got {size.warmup}, wanted fewer than the {size.steps} steps")
@@ -440,8 +439,8 @@ def main() -> None:
     header |= {"backend": bench.protocol.backend, "clock": clock, **contenders.environment(device)}
     console.print(f"{header['gpu'] or 'no GPU'}; {clock}, medians of steps {size.warmup + 1} to {size.steps}")
     for _ in bench.run():
-        contenders.write(options.output, header, bench.rows, bench.goals())
-    contenders.finish(options.output, bench.rows, bench.goals(), "ms")
+        contenders.write(output, header, bench.rows, bench.goals())
+    contenders.finish(output, bench.rows, bench.goals(), "ms")
 
 
 if __name__ == "__main__":

@@ -149,8 +149,10 @@ def test_one_that_fails_while_timed_does_not_end_the_run():
         if len(calls) > 1:
             raise MemoryError("full")
 
-    rows = race({"case": "c"}, {"x": lambda: Entry(run, 0.0)}, Clock(CPU, 3, 0), 0.1)
+    makers = {"x": lambda: Entry(run, 0.0), OURS: lambda: Entry(lambda: None, 0.0)}
+    rows = race({"case": "c"}, makers, Clock(CPU, 3, 0), 0.1)
     assert rows[0]["status"] == "failed" and rows[0]["why"] == "while timed: MemoryError: full"
+    assert "ms" not in rows[0] and rows[1]["status"] == "ok" and "ms" in rows[1] and len(calls) == 2
     assert attempt(lambda: need("json").no_such_thing, 1.0)["status"] == "failed"
 
 
