@@ -8,7 +8,7 @@ PY := $(ENV)/bin/python
 export HF_HUB_OFFLINE := 1
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-all test-wheel lint types bench bench-pruning bench-recipes bench-latency bench-language bench-memory models clean
+.PHONY: demo test test-all test-wheel lint types bench bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen models clean
 
 demo: $(ENV)/.demo  ## prune the real model for the edge target and show what came of it
 	$(PY) benchmarks/demo.py
@@ -55,6 +55,12 @@ bench-language: $(ENV)/.bench  ## perplexity of a small GPT and a small LLaMA, c
 
 bench-memory: $(ENV)/.bench  ## a checkpoint larger than the memory it is given
 	$(PY) benchmarks/bench_larger_than_memory.py
+
+bench-attention: $(ENV)/.bench  ## the attention kernels beside those of others; on a GPU, or small on the CPU
+	$(PY) benchmarks/attention.py
+
+bench-varlen: $(ENV)/.bench  ## training and running on texts of different lengths; on a GPU, or small on the CPU
+	$(PY) benchmarks/varlen.py
 
 models: $(ENV)/.dev  ## README's table of models
 	PYTHONPATH=tests $(PY) tests/write_models_table.py

@@ -25,11 +25,15 @@ _EXPORTS = {
     "attention": "tilecut_runtime.attention",
     "attention_varlen": "tilecut_runtime.attention_varlen",
     "register_attention": "tilecut.transformers_attention",
+    "pack": "tilecut.collate",
+    "pad_to_longest": "tilecut.collate",
+    "LengthBucketSampler": "tilecut.sample_by_length",
     "TilecutError": "tilecut_runtime.errors",
 }
 
 __all__ = [
     "Artifact",
+    "LengthBucketSampler",
     "PruneConfig",
     "Recovery",
     "TilecutError",
@@ -38,14 +42,18 @@ __all__ = [
     "attention_varlen",
     "compile_pruned",
     "load",
+    "pack",
+    "pad_to_longest",
     "register_attention",
 ]
 
 if TYPE_CHECKING:
     from tilecut.artifact import Artifact
+    from tilecut.collate import pack, pad_to_longest
     from tilecut.compile import compile_pruned
     from tilecut.config import PruneConfig
     from tilecut.recovery_config import Recovery
+    from tilecut.sample_by_length import LengthBucketSampler
     from tilecut.transformers_attention import register_attention
     from tilecut_runtime.attention import attention
     from tilecut_runtime.attention_varlen import attention_varlen
