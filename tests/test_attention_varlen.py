@@ -393,27 +393,3 @@ def test_tensors_of_inference_mode_are_read_every_time():
         unversioned[2] = 11
         with pytest.raises(InputError, match="must end at the number of rows"):
             check_packed_values(q, k, unversioned, cu_k, None, None, 6, 7)
-
-
-def test_layers_share_the_list_of_tiles(monkeypatch):
-    """The kernels' side, without running them: lists are made once for bounds, and again once these are written to."""
-    from tilecut_runtime import launch_attention
-
-    made = []
-    monkeypatch.setattr(launch_attention, "list_tiles", lambda *given: made.append(given) or torch.zeros(4, 2))
-    bounds = torch.tensor([0, 40, 70], dtype=torch.int32)
-    q = torch.randn(70, 2, 16)
-    options = {"scale": 1.0, "window": (-1, -1), "global_tokens": 0, "softcap": 0.0, "dropout_p": 0.0}
-
-    def plan(bounds, causal="none"):
-        given = {"cu_q": bounds, "cu_k": bounds, "max_q": 64, "max_k": 64, "causal": causal}
-        return launch_attention.plan_forward(q, q, q, **given, **options)[2]
-
-    assert plan(bounds)[0].arguments["Tiles"] is plan(bounds)[0].arguments["Tiles"]
-    assert len(made) == 1
-    plan(bounds, causal="bottom_right")
-    plan(bounds.clone())
-    assert len(made) == 3
-    bounds[1] = 30
-    plan(bounds)
-    assert len(made) == 4

@@ -7,14 +7,14 @@ read once per tensor and version of its content, since reading them makes the CP
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from tilecut_runtime.errors import InputError
-from tilecut_runtime.remember import Remembered
 from tilecut_runtime.transpose_blocks import BLOCK
 
 CAUSAL = ("none", "top_left", "bottom_right")
@@ -22,7 +22,7 @@ CAUSAL = ("none", "top_left", "bottom_right")
 CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_WIDTH_MULTIPLE, HEAD_WIDTH_LIMIT = 8, 256
 
-_read_once = Remembered()
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_dense(
@@ -163,7 +163,7 @@ def check_packed_values(
                 wanted=f"at least {max(lengths[-1])} {of}",
             )
     if block_offsets is not None and block_indices is not None:
-        blocks = tuple(tuple(-(-n // BLOCK) for n in side) for side in lengths)
+        blocks = [[-(-n // BLOCK) for n in side] for side in lengths]
         _read_once((block_offsets, block_indices), blocks, lambda: _check_blocks(block_offsets, block_indices, *blocks))
 
 
@@ -181,7 +181,7 @@ def _lengths(bounds: Tensor, name: str, rows: int) -> list[int]:
     return lengths
 
 
-def _check_blocks(offsets: Tensor, indices: Tensor, q_blocks: Sequence[int], k_blocks: Sequence[int]) -> bool:
+def _check_blocks(offsets: Tensor, indices: Tensor, q_blocks: list[int], k_blocks: list[int]) -> bool:
     where = "tilecut.attention_varlen"
     offsets, indices = offsets.cpu().long(), indices.cpu().long()
     if offsets.shape[1] != sum(q_blocks) + 1:
@@ -221,6 +221,18 @@ def _check_blocks(offsets: Tensor, indices: Tensor, q_blocks: Sequence[int], k_b
                 got=f"{int(listed[at])}, then {int(listed[at + 1])}",
             )
     return True
+
+
+def _read_once(tensors: tuple[Tensor, ...], beside: object, read: Callable[[], Any]) -> Any:
+    """`read()` of the tensors and of what is beside them, kept while the first lives and none is written to."""
+    # Inference tensors do not count the writes to them.
+    if any(x.is_inference() for x in tensors):
+        return read()
+    key = ([(WeakIdRef(x), x._version) for x in tensors], beside)
+    held = _read.get(tensors[0])
+    if held is None or held[0] != key:
+        held = _read[tensors[0]] = (key, read())
+    return held[1]
 
 
 def _check_heads(where: str, q: Tensor, k: Tensor, v: Tensor, rank: int, shape: str) -> None:

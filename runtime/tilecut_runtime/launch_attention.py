@@ -23,14 +23,11 @@ from tilecut_runtime.kernels.attention_forward import attention_forward
 from tilecut_runtime.kernels.choose_tile import Tile, choose_tile
 from tilecut_runtime.kernels.split_width import split_width
 from tilecut_runtime.list_tiles import list_tiles
-from tilecut_runtime.remember import Remembered
 from tilecut_runtime.transpose_blocks import BLOCK, first_blocks, transpose_blocks
 
 # Rows of a decode tile: the query heads of a KV head times their queries.
 DECODE_ROWS = 16
 MAX_SPLITS = 64
-# By their sequences, as long as these live.
-_lists = Remembered()
 # Offsets within a tile are int32.
 WIDEST_ROW = 2**31 // 256
 
@@ -186,7 +183,7 @@ class Problem:
         tiles = None
         programs = n_tiles * heads * self.batch
         if self.cu_q is not None:
-            tiles = self._tiles(block, keys)
+            tiles = list_tiles(self.lengths(keys), len(self.k if keys else self.q), longest, block, self._spans(keys))
             programs = len(tiles) * heads
         # A head's programs read the keys and values again and again; those of a tile of keys its queries.
         rows = self.max_q * self.group if keys else self.max_k
@@ -199,20 +196,6 @@ class Problem:
             "n_tiles": n_tiles,
             "section": min(section, max(1, heads * self.batch)),
         }
-
-    def _tiles(self, block: int, keys: bool) -> Tensor:
-        """The list of tiles; the layers of a model share their sequences, and so the list."""
-        assert self.cu_q is not None and self.cu_k is not None
-        rows, longest = len(self.k if keys else self.q), self.max_k if keys else self.max_q
-        make = lambda: list_tiles(self.lengths(keys), rows, longest, block, self._spans(keys))
-        stream = 0
-        if self.q.is_cuda:
-            # What is made while a graph is captured is made again at every replay.
-            if torch.cuda.is_current_stream_capturing():
-                return make()
-            stream = torch.cuda.current_stream(self.q.device).cuda_stream
-        spans = (self.max_q, self.max_k, self.causal, *self.window)
-        return _lists((self.cu_q, self.cu_k), (block, keys, rows, stream, *spans), make)
 
     def _spans(self, keys: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What rows work on, for `list_tiles`: keys of a query, or queries of a key."""
