@@ -2,7 +2,8 @@
 
 Every contender has a row. Its `status` is "ok"; "missing" where a package or a device is not there; "failed" where it
 raised; "wrong" where its numbers are not the reference's; "left out" where the preset does not run it. `why` says more.
-Only "ok" rows are timed and ranked, and nothing that one contender does stops the others.
+Only "ok" rows are timed and ranked. What one contender raises does not stop the others; a kernel that breaks the CUDA
+context does.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ console = Console(highlight=False)
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "tilecut"
-# More than any cache; writing it also keeps a GPU busy until the next launch is queued.
-FLUSHED_BYTES = 512 * 2**20
+# More than any cache; writing it also keeps a GPU busy until the next launch is queued, which takes Python some 0.2 ms.
+FLUSHED_BYTES = 4 * 2**30
 LISTED = ("triton", "transformers", "flash-attn", "xformers", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
 # Contenders and reasons that were printed.
@@ -241,6 +242,9 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
 def chosen(options: argparse.Namespace, name: str) -> tuple[torch.device, str, Path]:
     """The device, the size and the output."""
     device = torch.device(options.device)
+    if device.type == "cuda":
+        # Events and synchronisation are the current device's.
+        torch.cuda.set_device(device)
     size = options.size or ("paper" if device.type == "cuda" else "small")
     # What a small run writes must not be taken for a result.
     output = options.output or RESULTS / (f"{name}.json" if size == "paper" else f"{name}-small.json")
@@ -266,7 +270,7 @@ def environment(device: torch.device) -> Row:
         gpu = {"name": held.name, "processors": held.multi_processor_count, "bytes": held.total_memory}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": machine(),
         "gpu": gpu,
         "python": platform.python_version(),

@@ -367,7 +367,11 @@ def test_values_are_read_once_until_they_change(monkeypatch):
 
     spied("_lengths")
     spied("_check_blocks")
-    check = lambda: check_packed_values(q, k, cu_q, cu_k, offsets, indices, 6, 7)
+
+    def check():
+        with checks_module.eager_call():
+            check_packed_values(q, k, cu_q, cu_k, offsets, indices, 6, 7)
+
     check()
     check()
     assert reads == ["_lengths", "_lengths", "_check_blocks"]
@@ -393,3 +397,31 @@ def test_tensors_of_inference_mode_are_read_every_time():
         unversioned[2] = 11
         with pytest.raises(InputError, match="must end at the number of rows"):
             check_packed_values(q, k, unversioned, cu_k, None, None, 6, 7)
+
+
+def test_a_compiled_graph_may_reuse_the_memory_of_other_bounds():
+    """Inductor gives two tensors of one size one Python object, and does not count its writes."""
+
+    def run(q, lengths, others):
+        one, _ = attention_varlen(q, q, q, *2 * (to_bounds(lengths),), max_q=25, max_k=25)
+        two, _ = attention_varlen(one, q, q, *2 * (to_bounds(others),), max_q=10, max_k=10)
+        return two
+
+    def to_bounds(lengths):
+        return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+    q = torch.randn(30, 2, 8)
+    given = (q, torch.tensor([25, 3, 2]), torch.tensor([10, 10, 10]))
+    assert torch.allclose(torch.compile(run, fullgraph=True)(*given), run(*given), atol=1e-6)
+
+
+def test_bounds_are_asserted_on_the_device_in_a_graph(monkeypatch):
+    """With CPU tensors in the place of CUDA ones: nothing is read, and what does not fit stops."""
+    q, k, _, cu_q, cu_k = packed([(4, 7), (6, 5)])
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("a value was read"))
+    check_packed_values(q, k, cu_q, cu_k, None, None, 6, 7)
+    for wrong in (bounds([4, 5]), bounds([11, -1]), int32(1, 4, 10), bounds([3, 7])):
+        with pytest.raises(RuntimeError, match="do not divide the rows"):
+            check_packed_values(q, k, wrong, cu_k, None, None, 6, 7)

@@ -1,8 +1,12 @@
 """Cubins in an artifact: what a program launches is built offline, and triton takes it instead of compiling."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +14,15 @@ import triton
 from torch import nn
 from triton import knobs
 
-from checks import randomise
+from checks import ROOT, randomise
 from tilecut_passes.capture import capture
 from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import run_passes
 from tilecut_runtime.attention import attention
 from tilecut_runtime.attention_varlen import attention_varlen
-from tilecut_runtime.errors import ArtifactError
+from tilecut_runtime.errors import ArtifactError, LoweringError
+from tilecut_runtime.kernels.choose_tile import choose_tile, measured_tiles
 from tilecut_runtime.load_cubins import KERNELS, Loaded, kernel_sources, load_cubins, read_kernels
 from tilecut_runtime.manifest import Manifest, list_files
 from tilecut_targets.cuda.build_cubins import build_cubins
@@ -78,10 +83,12 @@ def test_every_attention_has_its_kernels_for_many_queries_and_for_few(built):
         assert one.source == kernel_sources()[one.kernel][0]
 
 
-def test_the_list_names_nothing_of_this_machine(built):
+def test_nothing_in_it_names_this_machine(built):
     folder, cubins = built
-    for file in folder.rglob("*.json"):
-        assert "site-packages" not in file.read_text() and str(folder) not in file.read_text()
+    for file in (p for p in folder.rglob("*") if p.is_file()):
+        held = file.read_bytes()
+        for path in (ROOT, Path.home(), Path(triton.__file__).parent, folder):
+            assert str(path).encode() not in held, (file, path)
     held = json.loads((folder / KERNELS).read_text())
     assert held["triton"] == triton.__version__
     assert read_kernels(folder, manifest_of(folder))[1] == cubins
@@ -175,3 +182,68 @@ def test_packed_attention_has_kernels_too(tmp_path):
     cubins = build_cubins(graph, [ARCH], tmp_path)
     assert {(c.kernel, c.width) for c in cubins} == {("attention_forward", 32)}
     assert cubins[0].launch["signature"]["Tiles"] == "*i32"
+
+
+def test_loading_twice_keeps_the_kernels_that_are_there(graph, built, tmp_path, monkeypatch):
+    folder, cubins = built
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with offline(gpu_target(ARCH)):
+        load_cubins(folder, manifest_of(folder), ARCH)
+        before = [launch.run(warmup=True) for launch in list_launches(graph, ARCH)]
+        assert load_cubins(folder, manifest_of(folder), ARCH) == Loaded(len(cubins))
+        assert all(launch.run(warmup=True) is one for launch, one in zip(list_launches(graph, ARCH), before))
+
+
+def test_what_was_tuned_for_this_machine_does_not_travel(graph, built, tmp_path, monkeypatch):
+    tile = [16, 16, 4, 1]
+    table = {ARCH: {d: {"32": {"16": tile, "48": tile}} for d in ("forward", "decode")}}
+    (tmp_path / "tiles.json").write_text(json.dumps({"tiles": table}))
+    monkeypatch.setenv("TILECUT_CACHE", str(tmp_path))
+    measured_tiles.cache_clear()
+    assert list(choose_tile(ARCH, "forward", 16, 32)) == tile
+    assert {tuple(launch.tile) for launch in list_launches(graph, ARCH)} == {tuple(one.tile) for one in built[1]}
+    measured_tiles.cache_clear()
+
+
+def test_a_head_too_wide_is_one_error(tmp_path):
+    graph = capture(OneCall(), {"q": torch.randn(1, 2, 7, 320)})
+    with pytest.raises(LoweringError, match="the kernels have no heads that wide; got 320; wanted at most 256"):
+        build_cubins(graph, [ARCH], tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+class OneCall(nn.Module):
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.ops.tilecut.attention(
+            q, q, q, None, None, None, scale=1.0, causal="none", window=[-1, -1], global_tokens=0, softcap=0.0, dropout_p=0.0
+        )
+
+
+@pytest.mark.parametrize(
+    ("environment", "without", "message"),
+    [
+        ({"TRITON_INTERPRET": "1"}, "", "the kernels were imported for the interpreter; unset TRITON_INTERPRET"),
+        ({}, "triton", r"built by triton, which is not installed; pip install 'tilecut\[cuda\]'"),
+    ],
+)
+def test_kernels_that_cannot_be_built_are_one_error(tmp_path, environment, without, message):
+    script = f"""
+import sys
+for name in {without.split()!r}: sys.modules[name] = None
+from checks import compiled
+from tilecut_runtime.errors import ConfigError
+try:
+    compiled("cuda:orin", {str(tmp_path / "artifact")!r}, config=None, calibration=None)
+except ConfigError as e:
+    print(e)
+"""
+    paths = os.pathsep.join(str(ROOT / name) for name in ("toolchain", "passes", "targets", "runtime", "tests"))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.search(message, done.stdout), done.stdout + done.stderr
+    assert not any(tmp_path.iterdir())

@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from checks import emit, encoder_graph
+from checks import compiled, emit, encoder_graph
 from test_models import made
+from tilecut import PruneConfig
 from tilecut.make_cases import make_case, make_inputs
 from tilecut_passes.capture import capture
 from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import is_call, source, value_of
 from tilecut_passes.run_passes import run_passes
+from tilecut_runtime.errors import VerificationError
 from tilecut_runtime.session import load
 from tilecut_runtime.torch_program import ready_program
 from tilecut_targets.cuda.compute_in import ATTENTION, PRODUCTS, ComputeIn
@@ -90,6 +92,48 @@ def test_an_artifact_holds_its_weights_once_and_reads_them_in_16_bits(tmp_path):
     kernels = emitted.written.facts["kernels"]
     assert {k["dtype"] for k in kernels} == {"bf16"} and {k["arch"] for k in kernels} == {"sm_87"}
     session = load(emitted.folder, device="cpu")
-    assert session.how == "exported program on the CPU"
+    assert session.how == "exported program"
     got = session.run(emitted.cases[0].inputs)
     assert all(v.dtype.name == "float32" for v in got.values())
+
+
+class Loud(nn.Module):
+    """One word in 50 is so loud that its squares are no float16."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.down, self.norm = nn.Embedding(50, 16), nn.Linear(16, 256), nn.Linear(256, 16), nn.LayerNorm(16)
+        with torch.no_grad():
+            self.embed.weight[49] *= 3e5
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.down(self.up(self.embed(input_ids)).relu()))
+
+
+def test_what_only_real_data_show_is_shown(tmp_path):
+    config = PruneConfig(sparsity=0.3, at={"sequence": 8})
+    batches = [{"input_ids": torch.randint(49, (4, 8))} for _ in range(10)]
+    given = {"model": Loud().eval(), "example_inputs": {"input_ids": torch.zeros(2, 8, dtype=torch.long)}}
+    given["config"] = config
+    quiet = compiled("cuda:orin,fp16", tmp_path / "quiet", **given, calibration=batches)
+    assert {r.name: r.status for r in quiet.manifest.verification}["16 bits on real data"] == "passed"
+    loud = [{"input_ids": torch.full((4, 8), 49)} for _ in range(10)]
+    with pytest.raises(VerificationError, match="16 bits on real data.*got inf.*compute in bf16 or float32"):
+        compiled("cuda:orin,fp16", tmp_path / "loud", **given, calibration=loud)
+    assert not (tmp_path / "loud").exists()
+
+
+def test_an_op_without_16_bits_reads_float32():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.fft(self.up(x)).abs() + torch.linalg.vector_norm(self.up(x), dim=-1, keepdim=True)
+
+    graph = capture(Mixed(), {"x": torch.randn(3, 8)})
+    given = {"x": torch.randn(3, 8)}
+    want = graph.run(given)
+    run_passes(graph, [ComputeIn(torch.float16)])
+    assert torch.allclose(graph.run(given)["output"], want["output"], atol=5e-2)

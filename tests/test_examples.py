@@ -47,7 +47,7 @@ def test_run_without_torch(tmp_path, edge_artifact):
 
 def test_explore_budgets(tmp_path):
     out = run_example("explore_budgets.py", tmp_path)
-    assert "mean cosine to the dense outputs against MACs" in out and "no legal model fits" in out
+    assert "mean cosine to the dense outputs against milliseconds, calculated" in out and "no legal model fits" in out
     assert "rows of the table measured again: 0" in out
     assert {"explore.json", "explore.png", "explore.html"} == {p.name for p in (tmp_path / "front").iterdir()}
 

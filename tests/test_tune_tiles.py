@@ -11,7 +11,7 @@ import torch
 from checks import ROOT
 from tilecut_runtime.errors import ConfigError, InputError
 from tilecut_runtime.kernels import choose_tile as tiles
-from tilecut_runtime.kernels.choose_tile import Tile, choose_tile, measured_table, read_measured
+from tilecut_runtime.kernels.choose_tile import Tile, choose_tile, measured_table, measured_tiles, shipped_tile
 from tilecut_targets.cuda import tune_tiles
 from tilecut_targets.cuda.tune_tiles import Row, tune, write_measured
 
@@ -25,9 +25,9 @@ def row(direction="forward", width=64, best_ms=1.0, arch="sm_90", dtype="bfloat1
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TILECUT_CACHE", str(tmp_path))
-    read_measured.cache_clear()
+    measured_tiles.cache_clear()
     yield tmp_path / "tiles.json"
-    read_measured.cache_clear()
+    measured_tiles.cache_clear()
 
 
 def test_what_is_better_is_kept_and_taken_for_its_width_alone(own_cache):
@@ -43,14 +43,36 @@ def test_what_is_better_is_kept_and_taken_for_its_width_alone(own_cache):
     assert set(json.loads(own_cache.read_text())["tiles"]["sm_90"]) == {"forward", "decode"}
 
 
+def test_another_table_keeps_what_it_has(own_cache, tmp_path):
+    other = tmp_path / "other.json"
+    assert write_measured([row(width=64)], other) == write_measured([row(width=128)], other) == 1
+    assert set(json.loads(other.read_text())["tiles"]["sm_90"]["forward"]["16"]) == {"64", "128"}
+    assert not own_cache.exists()
+
+
+def test_what_is_shipped_stays_what_it_is(own_cache):
+    before = shipped_tile("sm_90", "forward", 64, 16)
+    write_measured([row()], measured_table())
+    assert shipped_tile("sm_90", "forward", 64, 16) == before != choose_tile("sm_90", "forward", 64, 16)
+
+
 def test_nothing_better_writes_nothing(own_cache):
     assert write_measured([row(best_ms=2.0)], measured_table()) == 0
     assert not own_cache.exists()
 
 
+def one_tile(*tile):
+    return json.dumps({"tiles": {"sm_90": {"forward": {"16": {"64": tile}}}}})
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"tiles": {"sm_90": {"forward": {"16": {"64": [1, 2]}}}}}', '{"tiles": 3}']
-)
+    "text",
+    [
+        "", "[]", '{"tiles": 3}', "[" * 100_000, one_tile(1, 2), one_tile("64", "64", "4", "2"), one_tile(48, 64, 4, 2),
+        one_tile(64, 64, 3, 2), one_tile(64.0, 64, 4, 2), one_tile(True, 64, 4, 2), one_tile(1024, 64, 4, 2),
+        one_tile(64, 64, 4, 100),
+    ],
+)  # fmt: skip
 def test_a_damaged_table_is_said_and_not_used(own_cache, text, caplog):
     own_cache.write_text(text)
     assert choose_tile("sm_90", "forward", 64, 16) == Tile(*tiles.read_tiles()["tiles"]["sm_90"]["forward"]["16"]["64"])

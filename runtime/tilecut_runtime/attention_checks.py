@@ -1,13 +1,16 @@
 """What the attention ops refuse, each as one InputError before any work; both ops' rules side by side. torch only.
 
-Shapes, dtypes, devices and options are checked by looking at them. The values of cu_seqlens and of a block list are
-read once per tensor and version of its content, since reading them makes the CPU wait for a GPU.
+Shapes, dtypes, devices and options are checked by looking at them. Reading the values of cu_seqlens and of a block list
+makes the CPU wait for a GPU. In eager calls they are read once per tensor and version of its content; a compiled graph
+may put other values into a tensor without a word, so there a GPU asserts them itself, and nobody waits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -143,11 +146,10 @@ def check_packed_values(
     max_q: int,
     max_k: int,
 ) -> None:
-    """Refuse sequences that do not divide the rows, lengths above max_q or max_k, and a malformed block list.
-
-    While a CUDA graph is being captured nothing can be read, and nothing is checked.
-    """
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+    """Refuse sequences that do not divide the rows, lengths above max_q or max_k, and a malformed block list."""
+    if q.is_cuda and (not _calls.eager or torch.cuda.is_current_stream_capturing()):
+        _assert_on_device(cu_seqlens_q, q.shape[0], max_q)
+        _assert_on_device(cu_seqlens_k, k.shape[0], max_k)
         return
     lengths = []
     for name, bounds, rows, longest, of in (
@@ -165,6 +167,35 @@ def check_packed_values(
     if block_offsets is not None and block_indices is not None:
         blocks = [[-(-n // BLOCK) for n in side] for side in lengths]
         _read_once((block_offsets, block_indices), blocks, lambda: _check_blocks(block_offsets, block_indices, *blocks))
+
+
+UNFIT = "tilecut.attention_varlen: cu_seqlens do not divide the rows into sequences within max_q and max_k"
+
+
+def _assert_on_device(bounds: Tensor, rows: int, longest: int) -> None:
+    """Let the GPU stop, before the kernels, where bounds do not divide the rows. Block lists are taken as they are."""
+    lengths = bounds.diff()
+    fits = (bounds[0] == 0) & (bounds[-1] == rows) & (lengths >= 0).all() & (lengths <= longest).all()
+    torch.ops.aten._assert_async.msg(fits, UNFIT)
+
+
+class _Calls(threading.local):
+    """Whether this thread is in an eager call of the user's: outside of one, a compiled graph calls the op."""
+
+    eager = False
+
+
+_calls = _Calls()
+
+
+@contextlib.contextmanager
+def eager_call() -> Iterator[None]:
+    """What is in here may rely on tensors that are the same and unwritten to hold the same values."""
+    before, _calls.eager = _calls.eager, True
+    try:
+        yield
+    finally:
+        _calls.eager = before
 
 
 def _lengths(bounds: Tensor, name: str, rows: int) -> list[int]:
@@ -224,9 +255,9 @@ def _check_blocks(offsets: Tensor, indices: Tensor, q_blocks: list[int], k_block
 
 
 def _read_once(tensors: tuple[Tensor, ...], beside: object, read: Callable[[], Any]) -> Any:
-    """`read()` of the tensors and of what is beside them, kept while the first lives and none is written to."""
+    """`read()` of the tensors and of what is beside them, in eager calls kept while the first lives and none is written to."""
     # Inference tensors do not count the writes to them.
-    if any(x.is_inference() for x in tensors):
+    if not _calls.eager or any(x.is_inference() for x in tensors):
         return read()
     key = ([(WeakIdRef(x), x._version) for x in tensors], beside)
     held = _read.get(tensors[0])

@@ -34,7 +34,7 @@ from tilecut_runtime.attention import (
     refuse_slopes,
     wide,
 )
-from tilecut_runtime.attention_checks import check_packed, check_packed_values
+from tilecut_runtime.attention_checks import check_packed, check_packed_values, eager_call
 from tilecut_runtime.transpose_blocks import BLOCK
 
 
@@ -87,7 +87,10 @@ def attention_varlen(
     }
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k, block_offsets, block_indices, alibi_slopes)
     check_packed(*packed, **options)
-    return torch.ops.tilecut.attention_varlen(*packed, max_q=max_q, max_k=max_k, **options)
+    if torch.compiler.is_compiling():
+        return torch.ops.tilecut.attention_varlen(*packed, max_q=max_q, max_k=max_k, **options)
+    with eager_call():
+        return torch.ops.tilecut.attention_varlen(*packed, max_q=max_q, max_k=max_k, **options)
 
 
 def _sequences(

@@ -7,8 +7,8 @@ the source of the kernel are those that it was made with; any other launch is co
 
 from __future__ import annotations
 
-import importlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +17,6 @@ from tilecut_runtime.errors import ArtifactError
 from tilecut_runtime.manifest import Manifest, read_json
 
 KERNELS = "kernels/kernels.json"
-MODULES = ("attention_forward", "attention_decode")
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,24 @@ def read_kernels(folder: Path, manifest: Manifest) -> tuple[str, list[Cubin]]:
     manifest.check_files(folder, [KERNELS])
     held = read_json(folder / KERNELS)
     try:
-        return str(held["triton"]), [Cubin(**one) for one in held["cubins"]]
-    except (KeyError, TypeError) as e:
+        cubins = [Cubin(**one) for one in held["cubins"]]
+        for one in cubins:
+            _check(one)
+        return str(held["triton"]), cubins
+    except (KeyError, TypeError, ValueError) as e:
         raise ArtifactError(
             str(folder / KERNELS), f"malformed list of kernels ({e})", fix="compile the model again"
         ) from e
+
+
+def _check(cubin: Cubin) -> None:
+    """Raise ValueError where an entry cannot be what a compile wrote."""
+    texts = (cubin.file, cubin.kernel, cubin.arch, cubin.source, cubin.dtype)
+    numbers = (cubin.shared_bytes, cubin.registers, cubin.spills, cubin.width, cubin.value_width)
+    if not all(isinstance(x, str) for x in texts) or not all(type(x) is int for x in numbers):
+        raise ValueError(f"{cubin.file}: an entry of another type")
+    if not re.fullmatch(r"sm_\d+", cubin.arch) or not isinstance(cubin.launch, dict) or "key" not in cubin.launch:
+        raise ValueError(f"{cubin.file}: {cubin.arch} and a launch")
 
 
 def load_cubins(folder: Path, manifest: Manifest, arch: str) -> Loaded:
@@ -104,18 +116,17 @@ def metadata_file(cubin: str) -> str:
     return str(PurePosixPath(cubin).with_suffix(".json"))
 
 
+def forward_kernels() -> tuple[Any, ...]:
+    """The kernels that a program without gradients launches."""
+    from tilecut_runtime.kernels.attention_decode import attention_combine, attention_decode
+    from tilecut_runtime.kernels.attention_forward import attention_forward
+
+    return attention_forward, attention_decode, attention_combine
+
+
 def kernel_sources() -> dict[str, tuple[str, Any]]:
-    """The kernels of `tilecut_runtime.kernels` by name: (a hash of the source and of what it calls, the function)."""
-    found = {}
-    for module in MODULES:
-        held = importlib.import_module(f"tilecut_runtime.kernels.{module}")
-        found |= {name: (one.cache_key, one) for name, one in vars(held).items() if _is_entry(name, module, one)}
-    return found
-
-
-def _is_entry(name: str, module: str, one: object) -> bool:
-    """Whether it is a kernel that is launched, and written in that module."""
-    return name.startswith("attention_") and getattr(one, "__module__", "").endswith(module)
+    """Those kernels by name: (a hash of the source and of what it calls, the function)."""
+    return {function.fn.__name__: (function.cache_key, function) for function in forward_kernels()}
 
 
 def _preload(function: Any, cubin: Cubin, folder: Path) -> None:
@@ -136,7 +147,11 @@ def _preload(function: Any, cubin: Cubin, folder: Path) -> None:
         def get_group(self, filename: str) -> dict[str, str] | None:
             return files if filename == name else super().get_group(filename)
 
-    launch = {**cubin.launch, "target": vars(driver.active.get_current_target())}
+    # A second one would take the place of a kernel that may be in use.
+    active: Any = driver.active
+    if cubin.launch["key"] in function.device_caches[active.get_current_device()][0]:
+        return
+    launch = {**cubin.launch, "target": vars(active.get_current_target())}
     with knobs.cache.scope():
         knobs.cache.manager_class = Carried
         function.preload(json.dumps(launch))

@@ -27,15 +27,21 @@ class Case:
     valid: Arrays
 
     def error(self, got: Mapping[str, np.ndarray]) -> float:
-        """The largest difference on valid rows, relative to the output's largest magnitude (see `scaled_error`)."""
+        """The largest difference on valid rows, relative to the output's largest magnitude (see `scaled_error`).
+
+        Of outputs that are no floating point (ids, choices) it is the share that differs: how far ids are apart says nothing.
+        """
         worst = 0.0
         for name, want in self.outputs.items():
             have = got[name]
             if have.shape != want.shape:
                 return math.inf
             rows = self.valid[name]
-            a, b = want[rows].astype(np.float64), have[rows].astype(np.float64)
-            worst = max(worst, scaled_error(a, b))
+            if want.dtype.kind == "f":
+                error = scaled_error(want[rows].astype(np.float64), have[rows].astype(np.float64))
+            else:
+                error = float((want[rows] != have[rows]).mean()) if want[rows].size else 0.0
+            worst = max(worst, error)
         return worst
 
     @property
@@ -129,5 +135,5 @@ def verify_on_device(folder: Path, device: str | None = None) -> list[Rung]:
     cases = read_cases(folder, manifest)
     error = max(case.error(session.run(case.inputs)) for case in cases)
     sizes = ", ".join(case.size for case in cases)
-    detail = f"{manifest.runtime} on {session.device} against the outputs in {FOLDER}/, inputs of {sizes}"
+    detail = f"{session.how} on {session.device} against the outputs in {FOLDER}/, inputs of {sizes}"
     return [*rungs, Rung("artifact equals reference", "passed" if error <= limit else "failed", detail, error, limit)]

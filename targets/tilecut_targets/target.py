@@ -60,6 +60,11 @@ class Target(ABC):
     # How far an artifact may differ from the pruned torch model, relative to the output's magnitude.
     tolerance = 1e-4
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the lowered graph computes in 16 bits, so that its numbers are to be checked on real data."""
+        return False
+
     def lattice(self, block: int | None = None, power_of_two_heads: bool | None = None) -> Lattice:
         """The sizes that search may choose; the caller's block is combined with the target's by least common multiple."""
         both = math.lcm(self.block, block or 1)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from tilecut.artifact import MODULE, PLAN, Artifact
+from tilecut.check_lowered import check_lowered
 from tilecut.config import PruneConfig, find_config
 from tilecut.copy_companions import copy_companions
 from tilecut.cut_model import CutModel, cut_model
@@ -135,13 +136,16 @@ def emit(
             )
         with progress.stage("verify"):
             rungs += target.verify(folder, manifest, cases)
+            if target.rounds and made.calibrated is not None:
+                rungs.append(check_lowered(pruned, lowered, made.calibrated.held_out, target.tolerance))
             if failed := [r for r in rungs if r.status == "failed"]:
                 raise VerificationError(
                     failed[0].name,
                     failed[0].detail,
                     got=f"{failed[0].figure:.2e}",
                     wanted=f"at most {failed[0].limit:.0e}",
-                    fix="the artifact was not written; please report the model",
+                    fix="the artifact was not written; "
+                    + ("compute in bf16 or float32" if target.rounds else "please report the model"),
                 )
         fidelity: dict[str, Any] = {}
         if made.calibrated is not None:

@@ -41,9 +41,12 @@ def choose_tile(arch: str, direction: str, width: int, bits: int) -> Tile:
     Raises:
         KeyError: a family of architectures that the table does not know.
     """
-    measured = read_measured().get(arch, {}).get(direction, {}).get(str(bits), {}).get(str(width))
-    if measured is not None:
-        return Tile(*measured)
+    measured = measured_tiles().get(arch, {}).get(direction, {}).get(str(bits), {}).get(str(width))
+    return Tile(*measured) if measured is not None else shipped_tile(arch, direction, width, bits)
+
+
+def shipped_tile(arch: str, direction: str, width: int, bits: int) -> Tile:
+    """`choose_tile` without what was measured on this machine."""
     entries = read_tiles()["tiles"][known_arch(arch)][direction][str(bits)]
     return Tile(*entries[str(min(int(w) for w in entries if int(w) >= width))])
 
@@ -60,20 +63,31 @@ def measured_table() -> Path:
 
 
 @functools.cache
-def read_measured() -> dict:
-    """The measured tiles, by architecture; none where nothing was measured, or where the file is damaged, which is logged."""
-    path = measured_table()
+def measured_tiles() -> dict:
+    """The measured tiles of this machine, by architecture."""
+    return read_measured(measured_table())
+
+
+def read_measured(path: Path) -> dict:
+    """The tiles in a measured table; none where there is no file, or a damaged one, which is logged."""
     if not path.is_file():
         return {}
     try:
         tiles = json.loads(path.read_text())["tiles"]
         for entries in (by for kinds in tiles.values() for bits in kinds.values() for by in bits.values()):
             for tile in entries.values():
-                Tile(*(int(n) for n in tile))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+                _check_tile(Tile(*tile))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         log.warning("%s is no table of tiles (%s: %s): it is not used", path, type(e).__name__, e)
         return {}
     return tiles
+
+
+def _check_tile(tile: Tile) -> None:
+    """Raise ValueError for numbers that no tile has."""
+    for name, value, most in zip(tile._fields, tile, (256, 512, 16, 8)):
+        if type(value) is not int or not 1 <= value <= most or (name != "num_stages" and value & (value - 1)):
+            raise ValueError(f"{name} is {value!r}")
 
 
 @functools.cache
@@ -87,7 +101,7 @@ def known_arch(arch: str) -> str:
     family, number = _parse(arch)
     older = [known for known in table["tiles"] if _parse(known)[0] == family and _parse(known)[1] < number]
     if not older:
-        raise KeyError(f"no tiles for {arch}; known: {', '.join(table['tiles'])}")
+        raise KeyError(", ".join(table["tiles"]) + " or newer")
     nearest = max(older, key=lambda known: _parse(known)[1])
     log.warning("no tiles for %s: those of %s are used", arch, nearest)
     return nearest

@@ -15,7 +15,7 @@ import triton
 
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import ConfigError, LoweringError
-from tilecut_runtime.load_cubins import Cubin, kernel_sources, metadata_file, write_kernels
+from tilecut_runtime.load_cubins import Cubin, forward_kernels, kernel_sources, metadata_file, write_kernels
 from tilecut_targets.cuda.chips import SHARED_LIMIT
 from tilecut_targets.cuda.compile_kernels import gpu_target, read_cubin
 from tilecut_targets.cuda.list_launches import list_launches
@@ -29,9 +29,9 @@ def build_cubins(graph: Graph, archs: Iterable[str], folder: Path) -> list[Cubin
         ConfigError: the kernels were imported for triton's interpreter.
         LoweringError: a kernel needs more shared memory than the architecture has.
     """
-    sources = kernel_sources()
-    if any(not isinstance(function, triton.JITFunction) for _, function in sources.values()):
+    if not all(isinstance(function, triton.JITFunction) for function in forward_kernels()):
         raise ConfigError("build_cubins", "the kernels were imported for the interpreter", fix="unset TRITON_INTERPRET")
+    sources = kernel_sources()
     cubins = []
     for arch in archs:
         for i, one in enumerate(compile_offline(list_launches(graph, arch), gpu_target(arch))):
@@ -56,7 +56,8 @@ def _write(one: Compiled, arch: str, file: str, source: str, folder: Path) -> Cu
     for held in (launch["options"], metadata):
         # The path of a library on the machine that compiled.
         held.pop("extern_libs", None)
-    del launch["target"]
+    # Triton 3.6 does not name it.
+    launch.pop("target", None)
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / file).write_bytes(code)
     (folder / metadata_file(file)).write_text(json.dumps(metadata, default=vars), encoding="utf-8")

@@ -8,6 +8,7 @@ choice for autocast ("Autocast Op Reference").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from tilecut_passes.graph import Graph, calls_before, execute, is_call, map_node
 from tilecut_runtime import attention as _attention
 from tilecut_runtime import attention_varlen as _attention_varlen
 from tilecut_runtime import grouped_matmul as _grouped_matmul
+from tilecut_runtime.errors import LoweringError, first_line
 
 assert _attention and _attention_varlen and _grouped_matmul
 
@@ -48,10 +50,10 @@ WIDE = {
     *(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten.logsumexp, aten.cross_entropy_loss),
     *(aten.nll_loss, aten.exp, aten.expm1, aten.log, aten.log1p, aten.log2, aten.log10, aten.pow, aten.rsqrt),
     *(aten.reciprocal, aten.sum, aten.mean, aten.var, aten.var_mean, aten.std, aten.prod, aten.cumsum, aten.cumprod),
-    # The lowest float32, which masks are filled with, is no float16.
-    aten.masked_fill,
     *(aten.norm, aten.linalg_vector_norm, aten.dist, aten.softplus, aten.sin, aten.cos, aten.tan),
 }
+# Fourier transforms and decompositions have no 16-bit kernels.
+WIDE_FAMILIES = ("fft_", "_fft", "linalg_", "_linalg", "stft", "istft", "cholesky", "qr", "svd")
 # What these choose by is not rounded: a router's scores.
 CHOICES = {aten.topk, aten.sort, aten.argmax, aten.argmin}
 # These promote by themselves.
@@ -73,9 +75,15 @@ class ComputeIn:
         if op in PRODUCTS or op in ATTENTION or (op is aten.embedding and _is_tied(node)):
             return torch.float32 if node in exact else self.dtype
         found = {value_of(n).dtype for n in node.all_input_nodes if _is_castable(n)}
-        if op in WIDE or (len(found) > 1 and op not in PROMOTING):
+        wide = op in WIDE or str(op).removeprefix("aten.").startswith(WIDE_FAMILIES) or self._overflows(node)
+        if wide or (len(found) > 1 and op not in PROMOTING):
             return torch.float32
         return None
+
+    def _overflows(self, node: fx.Node) -> bool:
+        """Whether a call has a number that the type does not: the lowest float32, which masks are filled with."""
+        numbers = (x for x in (*node.args, *node.kwargs.values()) if isinstance(x, int | float))
+        return any(torch.finfo(self.dtype).max < abs(x) < math.inf for x in numbers)
 
     def __call__(self, graph: Graph) -> int:
         """Cast in place; returns the number of calls that became 16-bit ones."""
@@ -163,5 +171,11 @@ def _cast_operands(node: fx.Node, dtype: torch.dtype, call: Callable[..., fx.Nod
 def _recompute(graph: Graph, node: fx.Node) -> None:
     """A call's fake value, now that its operands have other types."""
     args, kwargs = map_nodes(value_of, node.args, node.kwargs)
-    with graph.fake_mode(), enable_python_dispatcher(), torch.no_grad():
-        node.meta["val"] = execute(node, args, kwargs)
+    try:
+        with graph.fake_mode(), enable_python_dispatcher(), torch.no_grad():
+            node.meta["val"] = execute(node, args, kwargs)
+    # Every op has its own way to say that it has no such type.
+    except Exception as e:
+        raise LoweringError(
+            "ComputeIn", f"{node.name} ({node.target}) cannot compute in 16 bits: {first_line(e)}", fix="compile in float32"
+        ) from e

@@ -16,7 +16,9 @@ from torch import Tensor, fx
 
 from tilecut_passes.graph import Graph, arguments, number_of, value_of
 from tilecut_runtime import attention, attention_varlen
-from tilecut_runtime.kernels.choose_tile import choose_tile
+from tilecut_runtime.attention_checks import HEAD_WIDTH_LIMIT
+from tilecut_runtime.errors import LoweringError
+from tilecut_runtime.kernels.choose_tile import shipped_tile
 from tilecut_runtime.launch_attention import Launch, plan_forward
 
 DENSE = torch.ops.tilecut.attention.default
@@ -60,7 +62,13 @@ def _launches(node: fx.Node, at: Mapping[sympy.Symbol, int], arch: str) -> list[
     names, inputs = INPUTS[node.target]
     given = inputs(**{name: a.pop(name) for name in names})
     width, bits = max(k.shape[-1], v.shape[-1]), 8 * q.element_size()
-    tiles = {direction: choose_tile(arch, direction, width, bits) for direction in ("forward", "decode")}
+    if width > HEAD_WIDTH_LIMIT:
+        raise LoweringError(
+            "list_launches", f"{node.name}: the kernels have no heads that wide", got=width,
+            wanted=f"at most {HEAD_WIDTH_LIMIT}", fix="another target",
+        )  # fmt: skip
+    # What was tuned for the machine that compiles is not for others.
+    tiles = {direction: shipped_tile(arch, direction, width, bits) for direction in ("forward", "decode")}
     if node.target is DENSE:
         a |= {"max_q": q.shape[2], "max_k": k.shape[2]}
     return plan_forward(*attention.last_contiguous(q, k, v), tiles=tiles, **given, **a)[2]

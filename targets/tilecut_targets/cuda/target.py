@@ -19,6 +19,7 @@ from tilecut_passes.axes.infer import Axes
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
+from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.load_cubins import KERNELS, Cubin, read_kernels
 from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.reference import Case
@@ -31,6 +32,7 @@ from tilecut_targets.export_program import export_program
 from tilecut_targets.target import Target, Written, count_attentions, rung
 
 MODEL = "model.pt2"
+INSTALL = "pip install 'tilecut[cuda]' (on Linux)"
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
@@ -58,15 +60,23 @@ class CudaTarget(Target):
         return TOLERANCE[self.wish.dtype]
 
     @property
+    def rounds(self) -> bool:
+        """In 16 bits."""
+        return self.wish.dtype != "float32"
+
+    @property
     def lowering(self) -> tuple[Pass, ...]:
         """The program calls the op itself; only the type of its numbers may change."""
-        return () if self.wish.dtype == "float32" else (ComputeIn(getattr(torch, self.wish.dtype)),)
+        return (ComputeIn(getattr(torch, self.wish.dtype)),) if self.rounds else ()
 
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """model.pt2 without weights (they are in model.safetensors beside it), and the kernels."""
-        # Imports triton.
-        from tilecut_targets.cuda.build_cubins import build_cubins
-
+        try:
+            from tilecut_targets.cuda.build_cubins import build_cubins
+        except ModuleNotFoundError as e:
+            if e.name != "triton":
+                raise
+            raise ConfigError("cuda", "the kernels are built by triton, which is not installed", fix=INSTALL) from e
         save_program(export_program(lowered), folder / MODEL)
         cubins = build_cubins(lowered, self.wish.archs, folder)
         count = count_attentions(lowered)
@@ -114,7 +124,7 @@ def _check_kernels(folder: Path, manifest: Manifest) -> Rung:
     if KERNELS not in manifest.files:
         return Rung("kernels fit", "not run", "the program calls no attention")
     _, cubins = read_kernels(folder, manifest)
-    over = sum(one.shared_bytes > SHARED_LIMIT[one.arch] for one in cubins)
+    over = sum(one.shared_bytes > SHARED_LIMIT.get(one.arch, 0) for one in cubins)
     spilled = sum(one.spills > 0 for one in cubins)
     detail = f"{len(cubins)} cubins for {', '.join(dict.fromkeys(c.arch for c in cubins))}: shared memory within the"
     return rung("kernels fit", over, 0, f"{detail} architecture's limit; {spilled} spill registers")

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton.testing import do_bench_cudagraph
 
 from tilecut_runtime.errors import ConfigError, InputError
-from tilecut_runtime.kernels.choose_tile import DIRECTIONS, Tile, choose_tile, read_measured
+from tilecut_runtime.kernels.choose_tile import DIRECTIONS, Tile, choose_tile, measured_tiles, read_measured
 from tilecut_runtime.launch_attention import architecture, backward, forward
 from tilecut_targets.cuda.choose_tiles import candidates
 
@@ -80,16 +81,17 @@ def tune(
         ConfigError: no such device, type or direction.
         InputError: a width that the kernels do not take.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(WHERE, "no CUDA device on this machine", fix="run it where the GPU is")
     if dtype not in DTYPES:
         raise ConfigError(WHERE, "unknown type", got=dtype, wanted=" or ".join(DTYPES))
     if unknown := [d for d in directions if d not in DIRECTIONS]:
         raise ConfigError(WHERE, "unknown direction", got=unknown[0], wanted=" or ".join(DIRECTIONS))
+    widths = list(widths)
+    if wrong := [w for w in widths if w % 8 or not 8 <= w <= 256]:
+        raise InputError(WHERE, "no such head width", got=wrong[0], wanted="a multiple of 8 up to 256")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(WHERE, "no CUDA device on this machine", fix="run it where the GPU is")
     rows = []
     for width in widths:
-        if width % 8 or not 8 <= width <= 256:
-            raise InputError(WHERE, "no such head width", got=width, wanted="a multiple of 8 up to 256")
         for direction in directions:
             rows.append(_tune_one(direction, width, dtype, torch.device(device), shape or Shape(), rounds))
             tell(rows[-1])
@@ -98,7 +100,7 @@ def tune(
 
 def write_measured(rows: Iterable[Row], path: Path) -> int:
     """Put what is better into the machine's table, beside what is there; returns the number of entries."""
-    tiles = json.loads(json.dumps(read_measured()))
+    tiles = read_measured(path)
     written = 0
     for row in rows:
         if row.better:
@@ -111,7 +113,7 @@ def write_measured(rows: Iterable[Row], path: Path) -> int:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump({"tiles": tiles}, file, indent=1)
         os.replace(name, path)
-        read_measured.cache_clear()
+        measured_tiles.cache_clear()
     return written
 
 
@@ -171,22 +173,14 @@ def _agrees(run: Callable[[Tile], tuple[Tensor, ...]], tile: Tile, want: tuple[T
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """The median of some runs, after one that does not count."""
+    """The median of some runs. On a GPU as a CUDA graph, since a launch from Python may take longer than the kernel."""
+    if device.type == "cuda":
+        return float(do_bench_cudagraph(run, rep=10 * rounds, return_mode="median"))  # type: ignore[arg-type]
     times = []
-    for i in range(rounds + 1):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize(device)
-            took = start.elapsed_time(end)
-        else:
-            before = time.perf_counter()
-            run()
-            took = 1e3 * (time.perf_counter() - before)
-        if i:
-            times.append(took)
+    for _ in range(rounds):
+        before = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - before))
     return statistics.median(times)
 
 

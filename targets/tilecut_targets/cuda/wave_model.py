@@ -9,8 +9,8 @@ more than a smaller one that does not: rounding rules (powers of two, multiples 
 is a program for each head and 128 queries; its scores stay on the chip. After Anthony et al., The Case for Co-Designing
 Model Architectures with Hardware, arXiv 2401.14489, and NVIDIA's Matrix Multiplication Background user's guide.
 
-Norms, activations, launches and what the L2 cache saves are not in it. It was compared with no GPU: it is good for
-ranking shapes, and its milliseconds are a lower bound.
+Norms, activations, launches and what the L2 cache saves are not in it; attention counts the pairs that a mask hides, and
+reads a KV head once for every query head. It was compared with no GPU: it is for ranking shapes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def product_ms(m: int, n: int, k: int, chip: Chip, dtype: str) -> float:
     per_processor = chip.tflops[dtype] * 1e9 / chip.processors
     best = math.inf
     for share, throughput in SHARES.items():
-        # The longer side is halved first: 128 x 256, 128 x 128, 64 x 128, 64 x 64.
+        # The longer side is halved first: 128 x 256, 128 x 128, 128 x 64, 64 x 64.
         tall, wide = rows, columns
         for _ in range(share.bit_length() - 1):
             tall, wide = (tall, wide // 2) if wide >= tall else (tall // 2, wide)
