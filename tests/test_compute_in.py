@@ -97,14 +97,18 @@ def test_an_artifact_holds_its_weights_once_and_reads_them_in_16_bits(tmp_path):
     assert all(v.dtype.name == "float32" for v in got.values())
 
 
+# So many that random inputs miss one.
+WORDS = 300_000
+
+
 class Loud(nn.Module):
-    """One word in 50 is so loud that its squares are no float16."""
+    """The last word is so loud that what is made of it is no float16."""
 
     def __init__(self):
         super().__init__()
-        self.embed, self.up, self.down, self.norm = nn.Embedding(50, 16), nn.Linear(16, 256), nn.Linear(256, 16), nn.LayerNorm(16)
+        self.embed, self.up, self.down, self.norm = nn.Embedding(WORDS, 16), nn.Linear(16, 256), nn.Linear(256, 16), nn.LayerNorm(16)
         with torch.no_grad():
-            self.embed.weight[49] *= 3e5
+            self.embed.weight[-1] *= 3e5
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.norm(self.down(self.up(self.embed(input_ids)).relu()))
@@ -117,7 +121,7 @@ def test_what_only_real_data_show_is_shown(tmp_path):
     given["config"] = config
     quiet = compiled("cuda:orin,fp16", tmp_path / "quiet", **given, calibration=batches)
     assert {r.name: r.status for r in quiet.manifest.verification}["16 bits on real data"] == "passed"
-    loud = [{"input_ids": torch.full((4, 8), 49)} for _ in range(10)]
+    loud = [{"input_ids": torch.full((4, 8), WORDS - 1)} for _ in range(10)]
     with pytest.raises(VerificationError, match="16 bits on real data.*got inf.*compute in bf16 or float32"):
         compiled("cuda:orin,fp16", tmp_path / "loud", **given, calibration=loud)
     assert not (tmp_path / "loud").exists()
