@@ -204,3 +204,36 @@ def test_the_code_in_the_docs_runs(capsys):
     for block in text.split("```python\n")[1:]:
         exec(block.split("```")[0], {})
     assert "torch.Size([5, 32])" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("collate", [pack, pad_to_longest])
+@pytest.mark.parametrize(
+    ("example", "options", "message"),
+    [
+        ({"input_ids": [1.5, 2.0]}, {}, "input_ids: not integers; got torch.float32"),
+        ({"input_ids": torch.tensor([1j])}, {}, "no batch can be made of it; got torch.complex64"),
+        ({"input_ids": torch.ones(2, dtype=torch.long, device="meta")}, {}, "no batch can be made of it"),
+        ({"input_ids": [1], 3: [2]}, {}, "a field whose name is no text; got 3"),
+        ({"input_ids": [1]}, {"pad_id": "x"}, "pad_id is no integer of 64 bits; got 'x'"),
+        ({"input_ids": [1]}, {"pad_id": 2**70}, "pad_id is no integer of 64 bits"),
+        ({"input_ids": [1]}, {"multiple_of": True}, "multiple_of is not a positive integer"),
+    ],
+)
+def test_odd_fields_and_options_are_one_error(collate, example, options, message):
+    with pytest.raises(TilecutError, match=message):
+        collate([example], **options)
+
+
+def test_a_tensor_is_no_list_of_examples():
+    with pytest.raises(TilecutError, match="not a list of examples; got Tensor"):
+        pack(torch.ones(2, 3))
+
+
+def test_labels_that_are_truths_are_numbers():
+    made = pad_to_longest([{"input_ids": [1, 2], "labels": [True, False]}, {"input_ids": [1], "labels": [True]}])
+    assert made["labels"].tolist() == [[1, 0], [1, -100]]
+
+
+def test_values_that_want_a_gradient_are_taken_as_they_are():
+    made = pad_to_longest([{"input_ids": [1], "weight": torch.ones(1, requires_grad=True)}])
+    assert not made["weight"].requires_grad

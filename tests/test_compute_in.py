@@ -106,7 +106,8 @@ class Loud(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.up, self.down, self.norm = nn.Embedding(WORDS, 16), nn.Linear(16, 256), nn.Linear(256, 16), nn.LayerNorm(16)
+        self.embed, self.norm = nn.Embedding(WORDS, 16), nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 256), nn.Linear(256, 16)
         with torch.no_grad():
             self.embed.weight[-1] *= 3e5
 

@@ -112,3 +112,27 @@ def test_in_a_data_loader():
 def test_what_is_refused(lengths, options, said):
     with pytest.raises(TilecutError, match=said):
         LengthBucketSampler(lengths, **options)
+
+
+@pytest.mark.parametrize("window", [5, 10, 17, None])
+def test_only_one_batch_is_dropped_whatever_the_window(window):
+    sampler = LengthBucketSampler([1] * 100, 8, window=window, drop_last=True)
+    assert len(sampler) == 12 and len({i for batch in sampler for i in batch}) == 96
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lengths": None}, "no list of integers"),
+        ({"lengths": [1.5]}, "no list of integers"),
+        ({"lengths": "abc"}, "no list of integers"),
+        ({"batch_size": "2"}, "batch_size is no integer; got '2'"),
+        ({"batch_size": 1.5}, "batch_size is no integer"),
+        ({"seed": "1"}, "seed is no integer"),
+        ({"rank": 0.5}, "rank is no integer"),
+        ({"window": 4.0}, "window is no integer"),
+    ],
+)
+def test_other_types_are_one_error(given, message):
+    with pytest.raises(TilecutError, match=message):
+        LengthBucketSampler(**{"lengths": [1, 2], "batch_size": 2, **given})

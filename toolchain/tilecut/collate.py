@@ -64,6 +64,7 @@ def pad_to_longest(
     """
     where = "pad_to_longest"
     _check_positive(where, multiple_of=multiple_of)
+    _check_id(where, "pad_id", pad_id)
     if side not in ("right", "left"):
         raise ConfigError(where, "no such side", got=repr(side), wanted='"right" or "left"')
     rows, lengths = _read(where, examples)
@@ -116,6 +117,8 @@ def pack(
     """
     where = "pack"
     _check_positive(where, multiple_of=multiple_of, **({} if total is None else {"total": total}))
+    _check_id(where, "pad_id", pad_id)
+    _check_id(where, "first_position", first_position)
     if bounds not in BOUNDS:
         raise ConfigError(where, "no such bounds", got=repr(bounds), wanted='"transformers", "tilecut" or None')
     rows, lengths = _read(where, examples)
@@ -166,6 +169,8 @@ def _padding_lengths(tokens: int, longest: int, total: int | None, multiple_of: 
 
 def _read(where: str, examples: Sequence[Example]) -> tuple[list[dict[str, Tensor]], list[int]]:
     """The examples as tensors, checked against each other, and the tokens of each."""
+    if not isinstance(examples, Sequence):
+        raise InputError(where, "not a list of examples", got=type(examples).__name__)
     if not examples:
         raise InputError(where, "the batch has no examples")
     rows, lengths = [], []
@@ -174,6 +179,8 @@ def _read(where: str, examples: Sequence[Example]) -> tuple[list[dict[str, Tenso
             raise InputError(
                 f"{where}: example {i}", "not a mapping", got=type(example).__name__, wanted="a dict of fields"
             )
+        if odd := next((name for name in example if not isinstance(name, str)), None):
+            raise InputError(f"{where}: example {i}", "a field whose name is no text", got=repr(odd))
         rows.append({name: _tensor(f"{where}: example {i}: {name}", value) for name, value in example.items()})
         if rows[i].keys() != rows[0].keys():
             raise InputError(
@@ -202,12 +209,19 @@ def _read(where: str, examples: Sequence[Example]) -> tuple[list[dict[str, Tenso
 
 def _tensor(where: str, value: Any) -> Tensor:
     try:
-        x = torch.as_tensor(value)
+        x = torch.as_tensor(value).detach()
     # torch raises one or the other for objects, ragged lists, dtypes that it lacks and numbers too large.
     except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise InputError(where, "no tensor can be made of it", got=type(value).__name__) from e
     if x.ndim > 1:
         raise InputError(where, "too many dimensions", got=list(x.shape), wanted="a number or one dimension")
+    if x.is_complex() or x.dtype == torch.uint64 or x.layout != torch.strided or x.is_meta:
+        raise InputError(where, "no batch can be made of it", got=f"{x.dtype} {x.layout} on {x.device}")
+    if x.is_floating_point() and x.numel() and where.endswith((": input_ids", ": attention_mask", ": position_ids")):
+        raise InputError(where, "not integers", got=x.dtype)
+    if x.dtype == torch.bool and where.endswith(": labels"):
+        # Else -100 would become True.
+        x = x.to(torch.int64)
     whole = x.dtype != torch.bool and not x.is_floating_point()
     return x.to(torch.int64) if whole or where.endswith(": attention_mask") or not x.numel() else x
 
@@ -230,5 +244,10 @@ def _round_up(number: int, multiple: int) -> int:
 
 def _check_positive(where: str, **numbers: int) -> None:
     for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
+        if not hasattr(value, "__index__") or isinstance(value, bool) or value < 1:
             raise ConfigError(where, f"{name} is not a positive integer", got=repr(value))
+
+
+def _check_id(where: str, name: str, value: int) -> None:
+    if not hasattr(value, "__index__") or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise ConfigError(where, f"{name} is no integer of 64 bits", got=repr(value))

@@ -13,6 +13,7 @@ Every index comes exactly once an epoch among all processes, unless `drop_last` 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -36,7 +37,7 @@ class LengthBucketSampler(Sampler[list[int]]):
         seed: of the shuffling, with the epoch that `set_epoch` names.
         drop_last: leave out a batch that is smaller than `batch_size`, and the batches that do not divide among the
             processes. Otherwise some batches are halved until they divide: every process makes as many steps.
-        window: examples that are sorted together; None: about 50 batches.
+        window: examples that are sorted together; None: about 50 batches. With `drop_last` whole batches.
         rank, world_size: which share of the batches, of how many. Leave them where accelerate shares the batches.
 
     Raises:
@@ -59,7 +60,10 @@ class LengthBucketSampler(Sampler[list[int]]):
         world_size: int = 1,
     ):
         where = "LengthBucketSampler"
-        self.lengths = [int(n) for n in lengths]
+        try:
+            self.lengths = [operator.index(n) for n in lengths]
+        except TypeError as e:
+            raise InputError(where, f"lengths are no list of integers ({e})") from e
         if not self.lengths:
             raise InputError(where, "there are no lengths")
         if min(self.lengths) < 1:
@@ -68,8 +72,10 @@ class LengthBucketSampler(Sampler[list[int]]):
         if (batch_size is None) == (max_tokens is None):
             raise ConfigError(where, "give either batch_size or max_tokens", got=f"{batch_size} and {max_tokens}")
         given = {"batch_size": batch_size, "max_tokens": max_tokens, "window": window, "world_size": world_size}
-        for name, value in given.items():
-            if value is not None and value < 1:
+        for name, value in {**given, "seed": seed, "rank": rank}.items():
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ConfigError(where, f"{name} is no integer", got=repr(value))
+            if value is not None and value < 1 and name in given:
                 raise ConfigError(where, f"{name} is not positive", got=value)
         if not 0 <= rank < world_size:
             raise ConfigError(where, "no such rank", got=rank, wanted=f"0 to {world_size - 1}")
@@ -82,6 +88,9 @@ class LengthBucketSampler(Sampler[list[int]]):
         self.batch_size, self.max_tokens, self.packed = batch_size, max_tokens, packed
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.window = self._default_window() if window is None else window
+        if drop_last and batch_size is not None:
+            # Whole batches in every window but the last: else each would drop some.
+            self.window = max(batch_size, self.window // batch_size * batch_size)
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self._made: tuple[int, list[list[int]]] | None = None
