@@ -25,9 +25,9 @@ from tilecut_runtime.errors import ArtifactError, LoweringError
 from tilecut_runtime.kernels.choose_tile import choose_tile, measured_tiles
 from tilecut_runtime.load_cubins import KERNELS, Loaded, kernel_sources, load_cubins, read_kernels
 from tilecut_runtime.manifest import Manifest, list_files
+from tilecut_targets.compute_in import ComputeIn
 from tilecut_targets.cuda.build_cubins import build_cubins
 from tilecut_targets.cuda.compile_kernels import gpu_target
-from tilecut_targets.cuda.compute_in import ComputeIn
 from tilecut_targets.cuda.list_launches import list_launches
 from tilecut_targets.cuda.offline_driver import offline
 

@@ -15,7 +15,7 @@ from tilecut_passes.run_passes import run_passes
 from tilecut_runtime.errors import VerificationError
 from tilecut_runtime.session import load
 from tilecut_runtime.torch_program import ready_program
-from tilecut_targets.cuda.compute_in import ATTENTION, PRODUCTS, ComputeIn
+from tilecut_targets.compute_in import ATTENTION, PRODUCTS, ComputeIn
 from tilecut_targets.cuda.target import TOLERANCE, CudaTarget
 from tilecut_targets.export_program import export_program
 from zoo import ZOO

@@ -24,9 +24,9 @@ from tilecut_runtime.load_cubins import KERNELS, Cubin, read_kernels
 from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.reference import Case
 from tilecut_runtime.torch_program import open_program, save_program
+from tilecut_targets.compute_in import ComputeIn
 from tilecut_targets.cost_model import CostModel
 from tilecut_targets.cuda.chips import SHARED_LIMIT, Wish, read_wish
-from tilecut_targets.cuda.compute_in import ComputeIn
 from tilecut_targets.cuda.wave_model import wave_model
 from tilecut_targets.export_program import export_program
 from tilecut_targets.target import Target, Written, count_attentions, rung

@@ -15,25 +15,19 @@ reads a KV head once for every query head. It was compared with no GPU: it is fo
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
-from tilecut_passes.axes.groups import Group, find_groups
+from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
-from tilecut_passes.count_macs import MacCounter, MacTerm
-from tilecut_runtime.errors import ConfigError
-from tilecut_targets.cost_model import CALCULATED, CostModel, LayerTable
+from tilecut_targets.cost_model import CostModel
 from tilecut_targets.cuda.chips import Chip
+from tilecut_targets.price_products import price_products
 
 # Tiles by the share of the largest one's area, with the throughput they are assumed to reach of the largest one's: half
 # the area loads 3/2 of the bytes for each product. An assumption, to be measured.
 SHARES = {1: 1.0, 2: 0.9, 4: 0.75, 8: 0.55}
 QUERIES = 128
-# Sizes of a layer that are priced one by one; of more, an even choice is, and those between are interpolated.
-MOST_POINTS = 2048
 
 
 def product_ms(m: int, n: int, k: int, chip: Chip, dtype: str) -> float:
@@ -80,64 +74,16 @@ def wave_model(
     Raises:
         ConfigError: there are no groups.
     """
-    if not sets:
-        raise ConfigError("latency", "no group of the model can be cut: there is no latency to choose")
-    counter = MacCounter(axes, find_groups(axes), at)
-    by_name = {g.name: g for g in groups}
-
-    nodes = {n.name: n for n in axes.graph.nodes}
-    dense = {term for term in counter.terms if not axes.weights.isdisjoint(nodes[term.node].all_input_nodes)}
-
-    def cost(terms: Sequence[MacTerm], counts: Mapping[str, int]) -> float:
-        return sum(_term_ms(term in dense, counter.sizes_of(term, counts), chip, dtype) for term in terms)
-
-    tables: dict[tuple, LayerTable] = {}
-    layers = []
-    for names in sets:
-        grid = _grid([legal(by_name[name]) for name in names])
-        terms = counter.terms_of(names)
-        signature = tuple((t in dense, *counter.sizes_of(t)) for t in terms), tuple(grid)
-        if signature not in tables:
-            ms = [cost(terms, dict(zip(names, point))) for point in itertools.product(*grid)]
-            tables[signature] = LayerTable(
-                [by_name[name].kind for name in names],
-                grid,
-                np.array(ms).reshape([len(sizes) for sizes in grid]),
-                f"{len(terms)} products, {'x'.join(str(sizes[-1]) for sizes in grid)}",
-            )
-        layers.append((tuple(names), tables[signature]))
-    priced = {term for names in sets for term in counter.terms_of(names)}
-    rest = cost([t for t in counter.terms if t not in priced], {})
-    return CostModel(
-        "ms",
-        rest,
-        1.0,
-        tuple(layers),
-        facts={
-            "chip": chip.name,
-            "dtype": dtype,
-            "processors": chip.processors,
-            "sizes": dict(at),
-            "clock": CALCULATED,
-        },
-        notes=(f"latency: milliseconds are calculated for {chip.name} in {dtype} by the wave model, not measured",),
-    )
+    price = lambda dense, sizes: _product_or_attention_ms(dense, sizes, chip, dtype)
+    facts = {"chip": chip.name, "dtype": dtype, "processors": chip.processors}
+    note = f"latency: milliseconds are calculated for {chip.name} in {dtype} by the wave model, not measured"
+    return price_products(axes, groups, sets, at, legal, price, facts, note)
 
 
-def _term_ms(dense: bool, sizes: Sequence[int], chip: Chip, dtype: str) -> float:
+def _product_or_attention_ms(dense: bool, sizes: Sequence[int], chip: Chip, dtype: str) -> float:
     """A product with a weight, or one of attention's two."""
     *outer, n, k = sizes
     if dense:
         return product_ms(math.prod(outer), n, k, chip, dtype)
     *programs, m = outer or [1]
     return attention_ms(math.prod(programs), m, k, n, chip, dtype)
-
-
-def _grid(legal: Sequence[list[int]]) -> tuple[tuple[int, ...], ...]:
-    """Every legal size, or an even choice with the least and the greatest where that is too many points."""
-    points = max(2, int(MOST_POINTS ** (1 / len(legal))))
-    chosen = []
-    for sizes in legal:
-        places = np.linspace(0, len(sizes) - 1, min(points, len(sizes))).round().astype(int)
-        chosen.append(tuple(sizes[i] for i in sorted(set(places.tolist()))))
-    return tuple(chosen)
