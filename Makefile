@@ -8,7 +8,7 @@ PY := $(ENV)/bin/python
 export HF_HUB_OFFLINE := 1
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-all test-wheel lint types bench bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen models clean
+.PHONY: demo test test-all test-wheel toolchain lint types bench bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen models clean
 
 demo: $(ENV)/.demo  ## prune the real model for the edge target and show what came of it
 	$(PY) benchmarks/demo.py
@@ -31,6 +31,10 @@ test-wheel: $(ENV)/.dev
 	cd build/wheel/user && TILECUT_FROM=$(CURDIR)/build/wheel/site PYTHONPATH=$(CURDIR)/build/wheel/site:. OMP_NUM_THREADS=1 \
 		$(CURDIR)/$(PY) -m pytest -n auto --dist loadfile -m "not slow and not gpu" -c $(CURDIR)/pyproject.toml \
 		--rootdir . -o pythonpath='tests benchmarks' tests
+
+# Tests marked `toolchain` run once it is there, and are skipped without it.
+toolchain: $(ENV)/.dev  ## the private environments of the ascend target, 1 GB and more in ~/.cache/tilecut; once
+	$(PY) -m tilecut toolchain install ascend
 
 lint: $(ENV)/.dev
 	$(PY) -m ruff check .

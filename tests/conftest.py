@@ -10,11 +10,16 @@ import atexit
 import gc
 import shutil
 import tempfile
+from pathlib import Path
 
 # Tables that tests measure are kept apart from the user's.
 if "TILECUT_CACHE" not in os.environ:
     os.environ["TILECUT_CACHE"] = tempfile.mkdtemp(prefix="tilecut-tests-")
     atexit.register(shutil.rmtree, os.environ["TILECUT_CACHE"], ignore_errors=True)
+    # The private environments take minutes to make: the user's are used.
+    toolchains = Path.home() / ".cache" / "tilecut" / "toolchains"
+    if toolchains.is_dir():
+        (Path(os.environ["TILECUT_CACHE"]) / "toolchains").symlink_to(toolchains)
 
 import hypothesis
 import pytest
@@ -31,6 +36,17 @@ hypothesis.settings.register_profile(
     "tilecut", deadline=None, phases=phases, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 hypothesis.settings.load_profile("tilecut")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests whose environment, `toolchain("ascend-kernels")`, is not installed here."""
+    from tilecut_targets.ascend.environments import INSTALL, is_installed
+
+    for item in items:
+        for mark in item.iter_markers("toolchain"):
+            missing = [name for name in mark.args if not is_installed(name)]
+            if missing:
+                item.add_marker(pytest.mark.skip(f"no {' and '.join(missing)}: run `{INSTALL}`"))
 
 
 @pytest.fixture(autouse=True)

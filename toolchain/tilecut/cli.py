@@ -1,4 +1,4 @@
-"""The `tilecut` command: compile, explore, inspect, verify, bench, run, build, tune, targets.
+"""The `tilecut` command: compile, explore, inspect, verify, bench, run, build, tune, targets, toolchain.
 
 Exit codes: 0 done; 1 an error, said in one line; 2 wrong usage; 3 a verification failed.
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from tilecut import __version__, cli_inputs, show
+from tilecut import __version__, cli_inputs, cli_toolchain, show
 from tilecut.cli_config import BUDGET, make_config, takes_config
 from tilecut_runtime.errors import ArtifactError, TilecutError, VerificationError
 from tilecut_runtime.manifest import Manifest, Rung, read_json
@@ -32,6 +32,7 @@ app = typer.Typer(
     help="Cut transformers to the tiles of the kernels they will run on.",
     epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 verification failed.",
 )
+app.add_typer(cli_toolchain.app, name="toolchain")
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(help="folder of a Hugging Face model")]

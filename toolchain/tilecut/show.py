@@ -219,3 +219,14 @@ def targets(console: Console, rows: Mapping[str, str]) -> None:
     for name, lattice in rows.items():
         table.add_row(name, lattice)
     console.print(table)
+
+
+def toolchains(console: Console, found: Sequence[Any]) -> None:
+    """Private environments: what is in them, and how large they are."""
+    table = Table("toolchain", "MB", "versions", "")
+    for one in found:
+        versions = ", ".join(f"{name} {version}" for name, version in one.versions.items())
+        table.add_row(plain(one.name), f"{one.bytes / 1e6:,.0f}", plain(versions), "" if one.current else "of older pins")
+    console.print(table)
+    for one in found:
+        console.print(f"{one.name}: {one.folder}", markup=False, highlight=False, soft_wrap=True)
