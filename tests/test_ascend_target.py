@@ -1,5 +1,7 @@
 """target="ascend": the file for ATC, its twin that onnxruntime runs, and rungs that say what could not be run."""
 
+import shutil
+
 import numpy as np
 import onnx
 import pytest
@@ -10,10 +12,23 @@ from checks import TinyEncoder, emit, encoder_graph, mlp_graph, randomise, run_o
 from tilecut.make_cases import make_case, make_inputs
 from tilecut_passes.capture import capture
 from tilecut_passes.run_passes import largest_error
+from tilecut_runtime.errors import ArtifactError, ConfigError, LoweringError
 from tilecut_runtime.session import load
+from tilecut_targets.ascend.build_script import SCRIPT, write_build_script
+from tilecut_targets.ascend.chips import CHIPS
 from tilecut_targets.ascend.lower_attention import LowerAttention
-from tilecut_targets.ascend.target import ATC_MODEL, CHIPS, VERIFY_MODEL, WEIGHTS, AscendTarget
+from tilecut_targets.ascend.target import ATC_MODEL, VERIFY_MODEL, WEIGHTS, AscendTarget
+from tilecut_targets.compute_in import ComputeIn
+from tilecut_targets.fold_casts import FoldCasts
 from tilecut_targets.unpack_attention import UnpackAttention
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_private_environments():
+    """As on a machine without them, whatever this one has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tilecut_targets.ascend.target.is_installed", lambda name: False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +106,19 @@ def test_the_operator_sets_are_what_atc_takes(atc):
 
 def test_the_twin_is_the_same_file_with_one_function(emitted, atc):
     twin = onnx.load(str(emitted.folder / VERIFY_MODEL))
-    assert not atc.functions
-    assert [(f.domain, f.name) for f in twin.functions] == [("npu", "NPUPromptFlashAttention")]
-    del twin.functions[:]
+    assert not atc.functions and not any(n.overload for n in atc.graph.node)
+    functions = [(f.domain, f.name, f.overload) for f in twin.functions]
+    assert functions == [("npu", "NPUPromptFlashAttention", "sparse_mode_0")]
+    for node in flash(twin):
+        assert node.overload == "sparse_mode_0"
+        node.ClearField("overload")
     assert twin.graph.SerializeToString(deterministic=True) == atc.graph.SerializeToString(deterministic=True)
 
 
 def test_both_files_read_the_weights_beside_them(emitted):
-    assert emitted.written.entry == {"model": ATC_MODEL, "verify": VERIFY_MODEL, "weights": WEIGHTS}
+    assert emitted.written.entry == {
+        "model": ATC_MODEL, "verify": VERIFY_MODEL, "weights": WEIGHTS, "build": SCRIPT,
+    }  # fmt: skip
     table = encoder_graph().tensor("embed.weight").detach().numpy().tobytes()
     assert table in (emitted.folder / WEIGHTS).read_bytes()
     for name in (ATC_MODEL, VERIFY_MODEL):
@@ -115,7 +135,7 @@ def test_the_twin_gives_the_models_numbers_within_half_precision(emitted, shape)
     rows = given["attention_mask"] != 0
     got = run_onnx(emitted.folder / VERIFY_MODEL, given)["hidden"]
     assert got.isfinite().all()
-    assert largest_error({"y": want[rows]}, {"y": got[rows]}) < AscendTarget.tolerance
+    assert largest_error({"y": want[rows]}, {"y": got[rows]}) < AscendTarget().tolerance
     session = load(emitted.folder, device="reference")
     assert session.device == "reference"
     again = session.run({k: v.numpy() for k, v in given.items()})["hidden"]
@@ -128,15 +148,18 @@ def test_without_its_function_the_twin_does_not_run(emitted):
 
 
 def test_a_right_twin_passes_and_what_needs_cann_is_said_to_be_not_run(emitted):
-    checker, equal, built, npu = AscendTarget().verify(emitted.folder, emitted.manifest, emitted.cases)
+    table, checker, equal, air, kernels, built, npu = AscendTarget().verify(emitted.folder, emitted.manifest, emitted.cases)
+    assert (table.name, table.status, table.figure) == ("legality table", "passed", 0)
+    assert "2 fused attentions against the table for Ascend910B3" in table.detail
     assert (checker.status, equal.name, equal.status) == ("passed", "verify twin equals pruned model", "passed")
     assert equal.limit == 2e-3
     # Not zero: half precision went through.
     assert equal.figure is not None and 1e-6 < equal.figure < 2e-3
-    assert (built.name, built.status, npu.name, npu.status) == ("atc", "not run", "NPU", "not run")
-    command = "atc --model=graph/model_atc.onnx --framework=5 --soc_version=Ascend910B3 --output=model"
-    assert built.detail == f"needs CANN: {command}"
-    assert "ref/" in npu.detail
+    assert (built.name, built.status, npu.name, npu.status) == ("CANN", "not run", "NPU", "not run")
+    for one, name in ((air, "GE model"), (kernels, "kernels")):
+        assert (one.name, one.status) == (name, "not run") and "tilecut toolchain install ascend" in one.detail
+    assert "./build_on_cann.sh --no-run" in built.detail and "Ascend910B3" in built.detail
+    assert "./build_on_cann.sh" in npu.detail and "ref/" in npu.detail
 
 
 def test_a_twin_of_another_model_fails(emitted):
@@ -144,19 +167,96 @@ def test_a_twin_of_another_model_fails(emitted):
     other = capture(randomise(TinyEncoder(), seed=1), example)
     given = inputs(2, 9)
     rungs = AscendTarget().verify(emitted.folder, emitted.manifest, [make_case(given, other.run(given))])
-    assert rungs[1].status == "failed"
-    assert rungs[1].figure is not None and rungs[1].figure > 2e-2
+    assert rungs[2].status == "failed"
+    assert rungs[2].figure is not None and rungs[2].figure > 2e-2
+
+
+def test_a_node_that_the_table_forbids_fails(emitted):
+    (table, *_) = AscendTarget("Ascend310P3").verify(emitted.folder, emitted.manifest, emitted.cases[:1])
+    assert (table.status, table.figure) == ("failed", 2) and "num_key_value_heads 0" in table.detail
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_a_chip_is_named_in_the_command(emitted, chip):
+def test_a_chip_is_named_in_the_script(emitted, chip, tmp_path):
     target = AscendTarget(chip)
     assert target.soc == chip
-    assert f"--soc_version={chip} " in target.verify(emitted.folder, emitted.manifest, emitted.cases[:1])[2].detail
+    write_build_script(tmp_path, target.npu)
+    assert f"soc='{chip}'\n" in (tmp_path / SCRIPT).read_text()
 
 
 def test_lowering_is_one_visible_tuple():
-    assert AscendTarget().lowering == (UnpackAttention(), LowerAttention())
+    assert AscendTarget().lowering == (UnpackAttention(), LowerAttention("a2"))
+    half = AscendTarget("Ascend310P3,fp16").lowering
+    assert half == (UnpackAttention(), ComputeIn(torch.float16), FoldCasts(), LowerAttention("p310"))
+
+
+@pytest.mark.parametrize(
+    ("words", "problem", "nearest"),
+    [
+        ("Ascend310P3,bf16", "the cube of Atlas inference products .* has no bfloat16", "ascend:Ascend310P3,fp16"),
+        ("Ascend310B1,bf16", "has no bfloat16", "ascend:Ascend310B1,fp16"),
+        ("bf16", "written in float32 or float16", "ascend:Ascend910B3,fp16"),
+        ("Ascend910B7", "unknown Ascend chip", "Ascend910B"),
+    ],
+)
+def test_an_illegal_wish_is_one_error(words, problem, nearest):
+    with pytest.raises(ConfigError, match=f"{problem}.*{nearest}"):
+        AscendTarget(words)
+
+
+def test_a_file_in_fp16_holds_fp16_weights(tmp_path):
+    target = AscendTarget("fp16")
+    made = emit(target, encoder_graph(), tmp_path / "half")
+    model = onnx.load(str(made.folder / ATC_MODEL), load_external_data=False)
+    products = {name for n in model.graph.node if n.op_type == "MatMul" for name in n.input}
+    kinds = {t.data_type for t in model.graph.initializer if t.name in products}
+    assert kinds == {TensorProto.FLOAT16}
+    assert made.written.facts["dtype"] == "float16" and made.written.facts["fused_attention"] == 2
+    _, _, equal, *_ = target.verify(made.folder, made.manifest, made.cases)
+    assert equal.status == "passed" and equal.figure is not None and 1e-5 < equal.figure < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("chip", "written"), [("Ascend910B3", ["kernels", "air"]), ("Ascend310P3", []), ("Ascend950", ["kernels", "air"])]
+)
+def test_the_private_environments_write_what_the_chip_takes(chip, written, tmp_path, monkeypatch):
+    wrote = []
+    where = "tilecut_targets.ascend.target."
+    monkeypatch.setattr(f"{where}is_installed", lambda name: True)
+    monkeypatch.setattr(f"{where}compile_kernels", lambda graph, npu, folder: wrote.append("kernels") or {"kernels": []})
+
+    def refuse(graph, npu, folder):
+        wrote.append("air")
+        raise LoweringError("write_air", "no converter")
+
+    monkeypatch.setattr(f"{where}write_air", refuse)
+    made = emit(AscendTarget(chip), mlp_graph(), tmp_path / "made")
+    assert wrote == written
+    for name in ("kernels", "air"):
+        assert (name in written) == ("nothing of it is for" not in str(made.written.facts[name]))
+    if written:
+        # The file for ATC stands without it.
+        assert made.written.facts["air"] == {"not written": "write_air: no converter"}
+
+
+def test_what_cannot_be_checked_is_not_run_and_says_why(emitted, tmp_path, monkeypatch):
+    folder = shutil.copytree(emitted.folder, tmp_path / "copy")
+    (folder / "graph" / "model.air").touch()
+
+    def refuse(folder, manifest, cases):
+        raise LoweringError("evaluate_air", "an operator that the evaluator does not know")
+
+    monkeypatch.setattr("tilecut_targets.ascend.target.check_air", refuse)
+    rungs = {r.name: r for r in AscendTarget().verify(folder, emitted.manifest, emitted.cases[:1])}
+    assert rungs["GE model"].status == "not run" and "the evaluator does not know" in rungs["GE model"].detail
+
+
+def test_an_npu_needs_the_built_model(emitted):
+    for device in (None, "npu:1"):
+        with pytest.raises(ArtifactError, match="om/model.om is not built yet; run ./build_on_cann.sh"):
+            load(emitted.folder, device=device)
+    with pytest.raises(ArtifactError, match="runs on an NPU; got device='cuda'"):
+        load(emitted.folder, device="cuda")
 
 
 def test_heads_that_the_op_does_not_take_are_written_out(tmp_path):
@@ -164,17 +264,18 @@ def test_heads_that_the_op_does_not_take_are_written_out(tmp_path):
     graph = capture(randomise(TinyEncoder(heads=(2,), neurons=(20,), width=6)), example)
     made = emit(AscendTarget(), graph, tmp_path / "narrow")
     assert (made.written.facts["attention"], made.written.facts["fused_attention"]) == (1, 0)
-    assert made.lowered.refusals[0].why == "head width 6, wanted a multiple of 16 up to 512"
+    limit = "PromptFlashAttention takes head widths in multiples of 16 up to 512; got 6; the nearest is 16"
+    assert made.lowered.refusals[0].why == limit
     twin = onnx.load(str(made.folder / VERIFY_MODEL))
     assert not twin.functions and "Softmax" in {n.op_type for n in twin.graph.node}
-    _, equal, *_ = AscendTarget().verify(made.folder, made.manifest, made.cases)
+    _, _, equal, *_ = AscendTarget().verify(made.folder, made.manifest, made.cases)
     assert equal.status == "passed"
     assert equal.figure is not None and equal.figure < 1e-5
 
 
 def test_a_model_without_attention_and_with_small_weights_is_written_too(tmp_path):
     made = emit(AscendTarget(), mlp_graph(neurons=2), tmp_path / "mlp")
-    _, equal, *_ = AscendTarget().verify(made.folder, made.manifest, made.cases)
+    _, _, equal, *_ = AscendTarget().verify(made.folder, made.manifest, made.cases)
     assert equal.status == "passed"
     case = made.cases[0]
     got = load(made.folder, device="reference").run(case.inputs)

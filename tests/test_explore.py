@@ -1,5 +1,6 @@
 import base64
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tilecut.explore import explore
 from tilecut.find_front import find_front
 from tilecut.progress import Progress
 from tilecut_runtime.errors import ArtifactError, CalibrationError, ConfigError
+from tilecut_targets.ascend.target import AscendTarget
 
 X = [{"x": torch.randn(64, 12, generator=torch.Generator().manual_seed(i))} for i in range(12)]
 CONFIG = PruneConfig(at={"batch": 4})
@@ -128,15 +130,24 @@ def test_artifacts_are_written_and_timed(tmp_path):
     assert {p.name for p in again.path.iterdir()} == FILES | {"notes.txt"}
 
 
+@dataclass(frozen=True)
+class WithoutCost(AscendTarget):
+    """A target that cannot say what a run costs."""
+
+    def cost(self, *given):  # type: ignore[override]
+        return None
+
+
 def test_a_target_without_a_latency_model_is_counted_in_macs(tmp_path):
-    found = swept(tmp_path / "front", target="ascend", config=PruneConfig(method="magnitude"), sparsities=(0.0,), measure=True)
+    config = PruneConfig(method="magnitude")
+    found = swept(tmp_path / "front", target=WithoutCost(), config=config, sparsities=(0.0,), measure=True)
     assert found.report["cost"] == {"name": "macs", "label": "MACs", "why": "the ascend target has no latency model"}
     assert "against MACs (the ascend target has no latency model)" in found.report["title"]
     assert found.report["latency"]["status"] == "not run"
     page = (found.path / "explore.html").read_text()
     assert "the ascend target has no latency model" in page and "not measured: " in page
     with pytest.raises(ConfigError, match="the ascend target has no latency model"):
-        swept(tmp_path / "ms", target="ascend", latencies_ms=(1.0,))
+        swept(tmp_path / "ms", target=WithoutCost(), latencies_ms=(1.0,))
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
 
     Args:
         path: the artifact's folder.
-        device: None for what the artifact was compiled for; "cpu" for an edge or cuda artifact on the CPU;
-            "reference" for an ascend artifact's verify twin.
+        device: None for what the artifact was compiled for; "cpu" for an edge or cuda artifact on the CPU; for an ascend
+            artifact "npu:<number>", or "reference" for its verify twin in onnxruntime.
         threads: CPU threads that one run may use; None leaves the choice to the runtime.
 
     Raises:
@@ -241,14 +241,13 @@ def _open_torch(folder: Path, manifest: Manifest, device: str | None, threads: i
 
 
 def _open_ascend(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
-    if device != "reference":
-        raise ArtifactError(
-            str(folder),
-            "running an ascend artifact needs CANN and an NPU, and its .om is not built yet",
-            got=f"device={device!r}",
-            fix='load it with device="reference" to run its verify twin in onnxruntime',
-        )
-    return Session(folder, manifest, onnx_runner(folder, manifest, "verify", threads), "reference")
+    if device == "reference":
+        return Session(folder, manifest, onnx_runner(folder, manifest, "verify", threads), "reference")
+    # Imports ais_bench, which is where an NPU is.
+    from tilecut_runtime.om_runner import npu_number, om_runner
+
+    number = npu_number(folder, device)
+    return Session(folder, manifest, om_runner(folder, manifest, number), f"npu:{number}", "ais_bench")
 
 
 RUNTIMES: dict[str, Callable[[Path, Manifest, str | None, int | None], Session]] = {

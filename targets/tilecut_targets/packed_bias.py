@@ -1,4 +1,4 @@
-"""What hides the pairs of packed sequences, and ALiBi, as one additive bias in plain torch."""
+"""What hides the pairs of packed sequences, and ALiBi, as one additive bias or a mask, in plain torch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,36 @@ def packed_bias(
     Half of the least number, as `finite` has it, where a query does not see a key: of another sequence, or hidden by
     causality or the window, which are counted within the sequence.
     """
+    hidden, behind = _hidden_and_behind(q, k, cu_seqlens_q, cu_seqlens_k, causal, window, global_tokens)
+    bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)[None]
+    if alibi_slopes is not None:
+        bias = bias - alibi_slopes.to(q.dtype)[:, None, None] * behind.abs().to(q.dtype)
+    return bias.masked_fill(hidden, torch.finfo(q.dtype).min / 2)[None]
+
+
+def packed_hidden(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: str,
+    window: Sequence[int],
+    global_tokens: int,
+) -> Tensor:
+    """The pairs that a bias without slopes hides, bool [1, 1, Tq, Tk]."""
+    return _hidden_and_behind(q, k, cu_seqlens_q, cu_seqlens_k, causal, window, global_tokens)[0][None, None]
+
+
+def _hidden_and_behind(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: str,
+    window: Sequence[int],
+    global_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """Which pairs are hidden, and how far each key lies behind each query of its sequence: [Tq, Tk]."""
     of_q, of_k = sequence_of(cu_seqlens_q, q.shape[0]), sequence_of(cu_seqlens_k, k.shape[0])
     query = torch.arange(q.shape[0], device=q.device) - cu_seqlens_q[of_q]
     key = torch.arange(k.shape[0], device=k.device) - cu_seqlens_k[of_k]
@@ -36,10 +66,7 @@ def packed_bias(
         hidden = hidden | outside_window(behind, window, global_tokens, key)
     if causal != "none":
         hidden = hidden | (behind < 0)
-    bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)[None]
-    if alibi_slopes is not None:
-        bias = bias - alibi_slopes.to(q.dtype)[:, None, None] * behind.abs().to(q.dtype)
-    return bias.masked_fill(hidden, torch.finfo(q.dtype).min / 2)[None]
+    return hidden, behind
 
 
 def sequence_of(cu_seqlens: Tensor, rows: int) -> Tensor:

@@ -1,59 +1,52 @@
-"""Lower `tilecut::attention` to CANN's PromptFlashAttention.
+"""Lower `tilecut::attention` to CANN's PromptFlashAttention where the chip's row of the legality table allows it.
 
-Before: tilecut::attention(q, k, v, key_padding). After: npu::NPUPromptFlashAttention in fp16, mask inverted (True
-drops), causal written into the mask. Left alone, with the reason in `graph.refusals` (the exporter then writes MatMul
-and Softmax): additive biases, windows, soft-caps, ALiBi, dropout, and head widths that are no multiple of 16 or above
-512.
+Before: tilecut::attention(q, k, v, key_padding, bias, ..). After: npu::NPUPromptFlashAttention in fp16, with the
+arguments that `legality.choose` names: causality and windows as sparse modes with the compressed mask, made once; padding
+and everything else that hides pairs as one full mask, made once for all attentions that share it. A bias of 0 and -inf
+(a boolean mask of the model's, packed sequences) is such a mask. KV heads are repeated where the op takes no groups.
+Left alone, with the limit and the nearest legal choice in `graph.refusals` (the exporter then writes MatMul and
+Softmax): what `legality.Refused` says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, value_of
+from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, size_of, sizes_of, source, value_of
 from tilecut_targets.ascend import npu_ops
+from tilecut_targets.ascend.legality import AttentionShape, Fused, Refused, choose, op_row
+from tilecut_targets.packed_bias import packed_bias, packed_hidden
 
-HEAD_WIDTH_MULTIPLE, HEAD_WIDTH_LIMIT = 16, 512
+aten = torch.ops.aten
+ZEROS = (aten.zeros_like.default, aten.zeros.default)
+TRIANGLE = "npu_triangle"
 
 
 @dataclass(frozen=True)
 class LowerAttention:
-    """Every attention within the op's limits becomes one."""
+    """Every attention within the limits of a family of chips becomes one fused op."""
 
-    def match(self, node: fx.Node) -> str | None:
-        """Why the op cannot express this attention, or None."""
-        a = arguments(node)
-        width, value_width = value_of(a["q"]).shape[3], value_of(a["v"]).shape[3]
-        if a["dropout_p"]:
-            return "dropout"
-        if (
-            a["bias"] is not None
-            or a["alibi_slopes"] is not None
-            or a["softcap"]
-            or list(a["window"]) != [-1, -1]
-            or a["global_tokens"]
-        ):
-            return "bias, ALiBi, soft-cap, window or global tokens"
-        if width != value_width:
-            return f"queries are {width} wide and values {value_width}"
-        if width % HEAD_WIDTH_MULTIPLE or width > HEAD_WIDTH_LIMIT:
-            return f"head width {width}, wanted a multiple of {HEAD_WIDTH_MULTIPLE} up to {HEAD_WIDTH_LIMIT}"
-        return None
+    family: str = "a2"
+
+    def match(self, node: fx.Node) -> Fused | Refused:
+        """The op and its arguments, or the limit that the attention breaks."""
+        return choose(self.family, attention_shape(node, "float16"), "onnx")
 
     def __call__(self, graph: Graph) -> int:
         """Lower in place; returns the number of attentions."""
-        found = []
+        masks: dict[str, fx.Node] = {}
+        count = 0
         for node in [n for n in graph.nodes if is_call(n, torch.ops.tilecut.attention.default)]:
-            if reason := self.match(node):
-                graph.refusals.append(Refusal("LowerAttention", node.name, reason))
-            else:
-                found.append(node)
-        # One function can stand for all nodes of a model only when all have the same inputs.
-        always_mask = any(arguments(n)["key_padding"] is not None or arguments(n)["causal"] != "none" for n in found)
-        for node in found:
+            found = self.match(node)
+            if isinstance(found, Refused):
+                graph.refusals.append(Refusal("LowerAttention", node.name, str(found)))
+                continue
+            mask = self._mask(graph, node, found, masks)
             a = arguments(node)
             with calls_before(graph, node) as call:
                 lowered = call(
@@ -61,11 +54,82 @@ class LowerAttention:
                     a["q"],
                     a["k"],
                     a["v"],
-                    a["key_padding"],
+                    mask,
                     scale=a["scale"],
-                    causal=a["causal"],
-                    always_mask=always_mask,
+                    sparse_mode=found.sparse_mode,
+                    pre_tokens=found.pre_tokens,
+                    next_tokens=found.next_tokens,
+                    kv_heads=found.kv_heads,
+                    inner_precise=found.inner_precise,
+                    expand=found.expand,
                 )
             node.replace_all_uses_with(lowered)
             graph.fx.erase_node(node)
-        return len(found)
+            count += 1
+        return count
+
+    def _mask(self, graph: Graph, node: fx.Node, found: Fused, masks: dict[str, fx.Node]) -> fx.Node | None:
+        """The node of a mask in the form that was chosen; the same mask is made once."""
+        if found.mask == "none":
+            return None
+        if found.mask == "compressed":
+            if TRIANGLE not in masks:
+                size = op_row(found.op, self.family)["compressed_mask"]
+                masks[TRIANGLE] = graph.add_tensor(TRIANGLE, npu_ops.triangle(size))
+            return masks[TRIANGLE]
+        a = arguments(node)
+        rules = {"causal": a["causal"], "window": list(a["window"]), "global_tokens": a["global_tokens"]}
+        sizes = [str(sizes_of(value_of(a[name]))[i]) for name, i in (("q", 0), ("q", 2), ("k", 2))]
+        key = str([sizes, a["key_padding"], a["bias"], rules])
+        if key not in masks:
+            with calls_before(graph, node) as call:
+                hidden = None if a["bias"] is None else hidden_node(call, a["bias"])
+                masks[key] = call(npu_ops.hidden_pairs, a["q"], a["k"], a["key_padding"], hidden, **rules)
+        return masks[key]
+
+
+def attention_shape(node: fx.Node, dtype: str) -> AttentionShape:
+    """What the legality table is asked about an attention, were its operands of `dtype`."""
+    a = arguments(node)
+    q, k, v = (value_of(a[name]) for name in "qkv")
+    queries, keys = size_of(q.shape[2]), size_of(k.shape[2])
+    masked = a["bias"] is not None and hides_only(a["bias"])
+    return AttentionShape(
+        dtype=dtype,
+        width=int(q.shape[3]),
+        value_width=int(v.shape[3]),
+        heads=int(q.shape[1]),
+        kv_heads=int(k.shape[1]),
+        queries=queries if isinstance(queries, int) else None,
+        keys=keys if isinstance(keys, int) else None,
+        equal_lengths=queries == keys,
+        causal=a["causal"],
+        window=(a["window"][0], a["window"][1]),
+        global_tokens=a["global_tokens"],
+        padding=a["key_padding"] is not None,
+        hidden=masked,
+        bias=a["bias"] is not None and not masked,
+        slopes=a["alibi_slopes"] is not None,
+        softcap=bool(a["softcap"]),
+        dropout=bool(a["dropout_p"]),
+    )
+
+
+def hides_only(bias: fx.Node) -> bool:
+    """Whether a bias is 0 where a pair is seen and minus infinity where not, the same for all heads."""
+    if value_of(bias).shape[1] != 1:
+        return False
+    if is_call(bias, packed_bias):
+        return bias.args[4] is None
+    if not is_call(bias, aten.masked_fill.Scalar) or not is_call(bias.args[0], *ZEROS):
+        return False
+    value = bias.args[2]
+    return isinstance(value, int | float) and value <= torch.finfo(value_of(bias).dtype).min / 2
+
+
+def hidden_node(call: Callable[..., fx.Node], bias: fx.Node) -> Any:
+    """The bool node of the pairs that such a bias hides."""
+    if is_call(bias, packed_bias):
+        q, k, of_q, of_k, _, causal, window, global_tokens = bias.args
+        return call(packed_hidden, q, k, of_q, of_k, causal, window, global_tokens)
+    return source(bias, 1)

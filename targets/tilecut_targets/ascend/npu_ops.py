@@ -1,13 +1,17 @@
-"""CANN's PromptFlashAttention as ONNX: the node that ATC reads, and a function of the same name that says what it means.
+"""CANN's PromptFlashAttention as ONNX: the node that ATC reads, and functions of the same name that say what it means.
 
-The verify twin is the very file that ATC gets, plus a model-local function `npu::NPUPromptFlashAttention` in standard
-ops, so that onnxruntime executes it. In this op the mask's True means drop, the opposite of torch's.
+The verify twin is the very file that ATC gets, plus model-local functions `npu::NPUPromptFlashAttention` in standard
+ops, so that onnxruntime executes it. A mask is read differently in every sparse_mode, so there is a function for each,
+told apart by the node's `overload`, which only the twin has. In this op the mask's True means drop, the opposite of
+torch's.
 
-Specification: CANN operator library, PromptFlashAttention (aclnnPromptFlashAttention).
+Specification: CANN ops-transformer, aclnnPromptFlashAttentionV3 (meaning) and npu_prompt_flash_attention_onnx_plugin.cpp
+(inputs by place: query, key, value, pse_shift, atten_mask; attributes; pre_tokens and next_tokens left out are 0).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -16,10 +20,13 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from tilecut_targets.ascend.legality import ALL_TOKENS, family_row, op_row
+from tilecut_targets.window_bias import keys_behind, outside_window
+
 DOMAIN, OP = "npu", "NPUPromptFlashAttention"
-# What "no limit" is called in pre_tokens and next_tokens; left out, they would be 0.
-ALL_TOKENS = 2147483647
 ONNX_OPSET = 19
+# An overload is a field of nodes and functions since this version of ONNX's representation.
+TWIN_IR = 10
 # Finite in fp32, and small enough that exp() of it is 0 beside any visible score.
 NEGATIVE = -1e30
 ATTRIBUTES = (
@@ -32,34 +39,73 @@ ATTRIBUTES = (
     "sparse_mode",
     "inner_precise",
 )
+UNMASKED = "unmasked"
+
+
+def hidden_pairs(
+    q: Tensor,
+    k: Tensor,
+    key_padding: Tensor | None,
+    hidden: Tensor | None,
+    *,
+    causal: str,
+    window: Sequence[int],
+    global_tokens: int,
+) -> Tensor:
+    """The full mask, bool [B, 1, Sq, Sk], True drops.
+
+    Args:
+        q, k: [B, N, Sq, D] and [B, Nk, Sk, D].
+        key_padding: bool [B, Sk], True keeps.
+        hidden: bool [B|1, 1, Sq|1, Sk|1], True drops.
+    """
+    batch, sq, sk = q.shape[0], q.shape[2], k.shape[2]
+    behind = keys_behind(q, k, causal)
+    drop = outside_window(behind, window, global_tokens)
+    if causal != "none":
+        drop = drop | (behind < 0)
+    drop = drop[None, None]
+    if hidden is not None:
+        drop = drop | hidden
+    if key_padding is not None:
+        drop = drop | ~key_padding[:, None, None, :]
+    return drop.expand(batch, 1, sq, sk)
+
+
+def triangle(size: int) -> Tensor:
+    """The compressed mask, bool [size, size], True above the diagonal."""
+    return torch.ones(size, size, dtype=torch.bool).triu(1)
 
 
 def prompt_flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, *, scale: float, causal: str, always_mask: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    sparse_mode: int,
+    pre_tokens: int,
+    next_tokens: int,
+    kv_heads: int,
+    inner_precise: int,
+    expand: bool,
 ) -> Tensor:
-    """q [B, N, Sq, D], k and v [B, Nk, Sk, D], key_padding bool [B, Sk] (True keeps) -> [B, N, Sq, D] through fp16."""
-    sq, sk = q.shape[2], k.shape[2]
-    drop = torch.zeros(1, 1, sq, sk, dtype=torch.bool, device=q.device) if always_mask else None
-    if causal != "none":
-        shift = 0 if causal == "top_left" else sk - sq
-        rows, columns = torch.arange(sq, device=q.device)[:, None] + shift, torch.arange(sk, device=q.device)[None, :]
-        drop = (columns > rows)[None, None]
-    if key_padding is not None:
-        padded = ~key_padding[:, None, None, :].expand(-1, 1, sq, -1)
-        drop = padded if drop is None else drop | padded
-    if drop is not None:
-        drop = drop.expand(q.shape[0], 1, sq, sk)
+    """q [B, N, Sq, D], k and v [B, Nk, Sk, D] -> [B, N, Sq, D] through fp16; the arguments are `legality.Fused`'s."""
+    if expand:
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
     # pse_shift stays empty: a mask must be the fifth input.
-    inputs = (q.half(), k.half(), v.half()) if drop is None else (q.half(), k.half(), v.half(), None, drop)
+    inputs = (q.half(), k.half(), v.half()) if mask is None else (q.half(), k.half(), v.half(), None, mask)
     attrs = {
         "num_heads": int(q.shape[1]),
         "scale_value": scale,
-        "pre_tokens": ALL_TOKENS,
-        "next_tokens": ALL_TOKENS,
+        "pre_tokens": pre_tokens,
+        "next_tokens": next_tokens,
         "input_layout": "BNSD",
-        "num_key_value_heads": int(k.shape[1]),
-        "sparse_mode": 0,
-        "inner_precise": 0,
+        "num_key_value_heads": kv_heads,
+        "sparse_mode": sparse_mode,
+        "inner_precise": inner_precise,
     }
     out = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{OP}", inputs, attrs=attrs, dtype=torch.float16, shape=(*q.shape[:3], v.shape[3]), version=1
@@ -74,35 +120,68 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return 0.5 * x * (1 + torch.erf(x * 0.7071067811865476))
 
 
-def reference_function(has_mask: bool) -> onnx.FunctionProto:
-    """What the node means, layout BNSD, sparse_mode 0: softmax(scale q k^T, dropped pairs left out) v, in fp32."""
-    nodes: list[onnx.NodeProto] = []
+def is_fused(node: onnx.NodeProto) -> bool:
+    """Whether a node is the fused attention."""
+    return (node.domain, node.op_type) == (DOMAIN, OP)
 
-    def add(op: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(op, inputs, [output], **attributes))
-        return output
 
-    def constant(name: str, value: object, dtype: type = np.int64) -> str:
-        return add("Constant", [], name, value=onnx.numpy_helper.from_array(np.array(value, dtype)))
+def overload_of(node: onnx.NodeProto) -> str:
+    """Which function a node's meaning is."""
+    mode = next(a.i for a in node.attribute if a.name == "sparse_mode")
+    return f"sparse_mode_{mode}" if len(node.input) > 3 else UNMASKED
 
-    def attribute(name: str, of: str, kind: int, field: str) -> str:
-        node = helper.make_node("Constant", [], [name])
-        reference = onnx.AttributeProto(name=field, ref_attr_name=of, type=cast(Any, kind))
-        node.attribute.append(reference)
-        nodes.append(node)
-        return name
 
-    heads = add(
-        "Unsqueeze",
-        [attribute("num_heads_value", "num_heads", onnx.AttributeProto.INT, "value_int"), constant("axis0", [0])],
-        "n",
-    )
-    kv_heads = add(
-        "Unsqueeze",
-        [attribute("num_kv_value", "num_key_value_heads", onnx.AttributeProto.INT, "value_int"), "axis0"],
-        "nk",
-    )
-    scale = attribute("scale", "scale_value", onnx.AttributeProto.FLOAT, "value_float")
+def illegal(node: onnx.NodeProto, family: str) -> str | None:
+    """What a node of the file breaks of the op's row in the legality table, or None."""
+    op = OP.removeprefix("NPU")
+    if op not in family_row(family)["onnx"].values():
+        return f"{node.name}: {family} has no {op} in ONNX"
+    row = op_row(op, family)
+    held = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if missing := [name for name in ATTRIBUTES if name not in held]:
+        # ATC takes 0 for those that are left out, and 1.0 for the scale.
+        return f"{node.name}: no {', '.join(missing)}"
+    kv_heads = held["num_key_value_heads"]
+    masked = len(node.input) > 3
+    rules = {
+        "3 or 5 inputs, pse_shift empty": len(node.input) == 3 or (len(node.input) == 5 and not node.input[3]),
+        "the layout": held["input_layout"].decode() in row["layouts"],
+        "the number of heads": 1 <= held["num_heads"] <= row["heads"],
+        "the heads of one KV head": kv_heads == 0 or held["num_heads"] <= row["ratio"] * kv_heads,
+        "num_key_value_heads 0": kv_heads == 0 or not row.get("zero_kv_heads"),
+        "the sparse mode": held["sparse_mode"] in row["sparse_modes"],
+        "a mask in sparse modes": held["sparse_mode"] == 0 or masked,
+        "pre_tokens": row["any_pre_tokens"] or held["pre_tokens"] == ALL_TOKENS,
+        "next_tokens": row["any_pre_tokens"] or held["next_tokens"] in (0, ALL_TOKENS),
+    }
+    broken = [name for name, holds in rules.items() if not holds]
+    return f"{node.name}: {', '.join(broken)}" if broken else None
+
+
+def make_twin(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model that onnxruntime runs: every fused node names its function, and the functions are in the file."""
+    twin = onnx.ModelProto()
+    twin.CopyFrom(model)
+    found = [node for node in twin.graph.node if is_fused(node)]
+    for node in found:
+        node.overload = overload_of(node)
+    if found:
+        twin.ir_version = max(twin.ir_version, TWIN_IR)
+    twin.functions.extend(reference_function(name) for name in sorted({node.overload for node in found}))
+    return twin
+
+
+def reference_function(overload: str) -> onnx.FunctionProto:
+    """What a node means in layout BNSD: softmax(scale q k^T, dropped pairs left out) v, in fp32.
+
+    overload: "unmasked", or "sparse_mode_0", 2, 3 or 4.
+    """
+    function = _Function()
+    add, constant = function.add, function.constant
+    add("Unsqueeze", [function.attribute("num_heads_value", "num_heads"), constant("axis0", [0])], "n")
+    add("Unsqueeze", [function.attribute("num_kv_value", "num_key_value_heads"), "axis0"], "kv_given")
+    # 0 says that there are as many as query heads.
+    add("Where", [add("Equal", ["kv_given", constant("zero", [0])], "none_given"), "n", "kv_given"], "nk")
     for name in ("query", "key", "value"):
         add("Cast", [name], f"{name}_wide", to=TensorProto.FLOAT)
     add("Shape", ["query_wide"], "query_shape")
@@ -116,18 +195,64 @@ def reference_function(has_mask: bool) -> onnx.FunctionProto:
         add("Gather", [shape, constant(f"index_{name}", [index])], name, axis=0)
     rest = constant("rest", [-1])
     # The query heads of one KV head stand together: [B, Nk, (N / Nk) * Sq, D].
-    add("Reshape", ["query_wide", add("Concat", ["b", kv_heads, rest, "d"], "grouped_shape", axis=0)], "query_grouped")
+    add("Reshape", ["query_wide", add("Concat", ["b", "nk", rest, "d"], "grouped_shape", axis=0)], "query_grouped")
     add("Transpose", ["key_wide"], "key_transposed", perm=[0, 1, 3, 2])
+    scale = function.attribute("scale", "scale_value", onnx.AttributeProto.FLOAT, "value_float")
     add("Mul", [add("MatMul", ["query_grouped", "key_transposed"], "products"), scale], "scaled")
-    scores = add("Reshape", ["scaled", add("Concat", ["b", heads, "sq", "sk"], "score_shape", axis=0)], "scores")
-    if has_mask:
-        scores = add("Where", ["atten_mask", constant("negative", NEGATIVE, np.float32), scores], "masked")
+    scores = add("Reshape", ["scaled", add("Concat", ["b", "n", "sq", "sk"], "score_shape", axis=0)], "scores")
+    if overload != UNMASKED:
+        hidden = _hidden(function, int(overload.removeprefix("sparse_mode_")))
+        scores = add("Where", [hidden, constant("negative", NEGATIVE, np.float32), scores], "masked")
     add("Softmax", [scores], "weights", axis=-1)
-    add("Reshape", ["weights", add("Concat", ["b", kv_heads, rest, "sk"], "weights_shape", axis=0)], "weights_grouped")
+    add("Reshape", ["weights", add("Concat", ["b", "nk", rest, "sk"], "weights_shape", axis=0)], "weights_grouped")
     add("MatMul", ["weights_grouped", "value_wide"], "mixed")
-    add("Reshape", ["mixed", add("Concat", ["b", heads, "sq", rest], "out_shape", axis=0)], "out_wide")
+    add("Reshape", ["mixed", add("Concat", ["b", "n", "sq", rest], "out_shape", axis=0)], "out_wide")
     add("CastLike", ["out_wide", "query"], "attention_out")
-    inputs = ["query", "key", "value", "pse_shift", "atten_mask"] if has_mask else ["query", "key", "value"]
-    return helper.make_function(
-        DOMAIN, OP, inputs, ["attention_out"], nodes, [helper.make_opsetid("", ONNX_OPSET)], list(ATTRIBUTES)
-    )
+    inputs = ["query", "key", "value"] + ["pse_shift", "atten_mask"] * (overload != UNMASKED)
+    opsets = [helper.make_opsetid("", ONNX_OPSET)]
+    made = helper.make_function(DOMAIN, OP, inputs, ["attention_out"], function.nodes, opsets, list(ATTRIBUTES))
+    made.overload = overload
+    return made
+
+
+class _Function:
+    """The nodes of a function, as they are made."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+
+    def add(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """A node; returns the name of its output."""
+        self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
+        return output
+
+    def constant(self, name: str, value: object, dtype: type = np.int64) -> str:
+        """A constant."""
+        return self.add("Constant", [], name, value=onnx.numpy_helper.from_array(np.array(value, dtype)))
+
+    def attribute(self, name: str, of: str, kind: int = onnx.AttributeProto.INT, field: str = "value_int") -> str:
+        """One of the function's attributes, as a tensor."""
+        node = helper.make_node("Constant", [], [name])
+        node.attribute.append(onnx.AttributeProto(name=field, ref_attr_name=of, type=cast(Any, kind)))
+        self.nodes.append(node)
+        return name
+
+
+def _hidden(function: _Function, mode: int) -> str:
+    """The pairs that are dropped: bool, broadcast to [B, N, Sq, Sk]."""
+    add, constant = function.add, function.constant
+    for name in ("sq", "sk"):
+        add("Squeeze", [name, "axis0"], f"{name}_number")
+    start, step = constant("start", 0), constant("step", 1)
+    rows = add("Range", [start, "sq_number", step], "rows")
+    columns = add("Range", [start, "sk_number", step], "columns")
+    if mode in (3, 4):
+        # Counted from the bottom right corner.
+        rows = add("Add", [rows, add("Sub", ["sk", "sq"], "shift")], "shifted_rows")
+    behind = add("Sub", [add("Unsqueeze", [rows, constant("axis1", [1])], "standing_rows"), columns], "behind")
+    if mode in (2, 3):
+        return add("Less", [behind, start], "hidden")
+    before = add("Greater", [behind, function.attribute("pre", "pre_tokens")], "too_early")
+    after = add("Greater", [add("Neg", [behind], "ahead"), function.attribute("next", "next_tokens")], "too_late")
+    band = add("Or", [before, after], "outside")
+    return band if mode == 4 else add("Or", ["atten_mask", band], "hidden")

@@ -1,34 +1,52 @@
-"""target="ascend": ONNX with CANN's fused attention for ATC, and a verify twin of it that onnxruntime runs anywhere.
+"""target="ascend": ONNX with CANN's fused attention for ATC, a verify twin of it that onnxruntime runs anywhere, and the
+script that builds it on a machine with CANN.
 
-This is the target's first slice: PromptFlashAttention on the Atlas A2 (Ascend 910B), fp16 inside the op. What needs
-CANN or an NPU is reported "not run".
+The words behind "ascend:" name a chip and the type of the file: "ascend:Ascend310P3", "ascend:Ascend910B3,fp16". What the
+chip's fused attention takes is the legality table's (`legality.py`). What needs CANN or an NPU is reported "not run".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import torch
 
+from tilecut_passes.axes.groups import Group
+from tilecut_passes.axes.infer import Axes
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass
-from tilecut_runtime.errors import ConfigError
+from tilecut_passes.search import Lattice
+from tilecut_runtime.errors import ConfigError, LoweringError
 from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.reference import Case
 from tilecut_runtime.session import onnx_runner
 from tilecut_targets.ascend import npu_ops
+from tilecut_targets.ascend.build_kernels import FAMILIES, check_kernels, compile_kernels
+from tilecut_targets.ascend.build_script import SCRIPT, write_build_script
+from tilecut_targets.ascend.chips import Chip, Wish, read_wish
+from tilecut_targets.ascend.environments import INSTALL, is_installed
+from tilecut_targets.ascend.fractal_model import fractal_model
+from tilecut_targets.ascend.legality import family_row, fuses
 from tilecut_targets.ascend.lower_attention import LowerAttention
+from tilecut_targets.ascend.write_air import AIR as AIR_MODEL
+from tilecut_targets.ascend.write_air import check_air, write_air
 from tilecut_targets.check_onnx import check_onnx
+from tilecut_targets.compute_in import ComputeIn
+from tilecut_targets.cost_model import CostModel
 from tilecut_targets.decompose_attention import decomposed_attention
+from tilecut_targets.fold_casts import FoldCasts
 from tilecut_targets.target import Target, Written, count_attentions, rung
 from tilecut_targets.unpack_attention import UnpackAttention
 from tilecut_targets.write_onnx import write_onnx
 
 ATC_MODEL, VERIFY_MODEL, WEIGHTS = "graph/model_atc.onnx", "graph/verify.onnx", "graph/weights.bin"
-CHIPS = ("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4")
+# The private environments.
+KERNELS, AIR = "ascend-kernels", "ascend-air"
+# All in fp32; fp16 inside the attention; all products in fp16.
+TOLERANCE_SINGLE, TOLERANCE_FUSED, TOLERANCE_HALF = 1e-4, 2e-3, 1e-2
 
 
 @dataclass(frozen=True)
@@ -39,25 +57,57 @@ class AscendTarget(Target):
     runtime = "ascend"
     block = 128
     head_width = 16
-    # fp16 inside the attention.
-    tolerance = 2e-3
 
     def __post_init__(self) -> None:
-        if self.chip is not None and self.chip not in CHIPS:
-            raise ConfigError("target", "unknown Ascend chip", got=repr(self.chip), wanted=" or ".join(CHIPS))
+        wish = self.wish
+        held = family_row(wish.chip.family)
+        if wish.dtype not in held["cube"] and wish.dtype != "float32":
+            raise ConfigError(
+                "target",
+                f"the cube of {held['products']} has no {wish.dtype}",
+                got=f"ascend:{self.chip}",
+                wanted=" or ".join(held["cube"]),
+                fix=f'the nearest is "ascend:{wish.chip.soc},fp16"',
+            )
+        if wish.dtype == "bfloat16":
+            raise ConfigError(
+                "target",
+                "the ONNX file for ATC is written in float32 or float16",
+                got=f"ascend:{self.chip}",
+                wanted="fp32 or fp16",
+                fix=f'the nearest is "ascend:{wish.chip.soc},fp16"',
+            )
+
+    @property
+    def wish(self) -> Wish:
+        """Chip and type."""
+        return read_wish(self.chip)
+
+    @property
+    def npu(self) -> Chip:
+        """The chip."""
+        return self.wish.chip
 
     @property
     def soc(self) -> str:
         """ATC's soc_version."""
-        return self.chip or "Ascend910B3"
+        return self.npu.soc
+
+    @property
+    def tolerance(self) -> float:  # type: ignore[override]
+        """Of what is computed in fp16."""
+        if self.wish.dtype == "float16":
+            return TOLERANCE_HALF
+        return TOLERANCE_FUSED if fuses(self.npu.family, "onnx") else TOLERANCE_SINGLE
 
     @property
     def lowering(self) -> tuple[Pass, ...]:
-        """CANN's fused attention."""
-        return (UnpackAttention(), LowerAttention())
+        """CANN's fused attention, in the type that was asked for."""
+        half: tuple[Pass, ...] = (ComputeIn(torch.float16), FoldCasts()) if self.wish.dtype == "float16" else ()
+        return (UnpackAttention(), *half, LowerAttention(self.npu.family))
 
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
-        """The file for ATC and its twin with a model-local function; both read the weights beside them."""
+        """The file for ATC, its twin with model-local functions, the weights of both, and what builds them."""
         (folder / "graph").mkdir()
         write_onnx(
             lowered,
@@ -70,17 +120,53 @@ class AscendTarget(Target):
             external=Path(WEIGHTS).name,
         )
         model = onnx.load(str(folder / ATC_MODEL), load_external_data=False)
-        fused_nodes = [n for n in model.graph.node if n.domain == npu_ops.DOMAIN]
-        if fused_nodes:
-            model.functions.append(npu_ops.reference_function(has_mask=len(fused_nodes[0].input) > 3))
-        onnx.save(model, str(folder / VERIFY_MODEL))
+        onnx.save(npu_ops.make_twin(model), str(folder / VERIFY_MODEL))
+        write_build_script(folder, self.npu)
+        entry = {"model": ATC_MODEL, "verify": VERIFY_MODEL, "weights": WEIGHTS, "build": SCRIPT}
         facts = {
             "soc": self.soc,
-            "fused_attention": len(fused_nodes),
+            "family": self.npu.family,
+            "dtype": self.wish.dtype,
+            "fused_attention": sum(npu_ops.is_fused(n) for n in model.graph.node),
             "attention": count_attentions(fused),
             "onnx_nodes": len(model.graph.node),
+            **self._write_private(fused, folder),
         }
-        return Written({"model": ATC_MODEL, "verify": VERIFY_MODEL, "weights": WEIGHTS}, facts)
+        return Written(entry, facts)
+
+    def _write_private(self, fused: Graph, folder: Path) -> dict[str, object]:
+        """What the private environments make, where they are installed and the chip takes it; facts, or why not."""
+        facts: dict[str, object] = {}
+        for name, makes, family_has, write in (
+            (KERNELS, "kernels", self.npu.family in FAMILIES, compile_kernels),
+            (AIR, "air", fuses(self.npu.family, "air"), write_air),
+        ):
+            if not family_has:
+                facts[makes] = {"not written": f"nothing of it is for {self.soc}"}
+            elif not is_installed(name):
+                facts[makes] = {"not written": f"needs the private environment: {INSTALL}"}
+            else:
+                # The ONNX file stands without it: the report says why it is not there.
+                try:
+                    facts[makes] = write(fused, self.npu, folder)
+                except LoweringError as e:
+                    facts[makes] = {"not written": str(e)}
+        return facts
+
+    def cost(
+        self,
+        dense: Graph,
+        axes: Axes,
+        groups: Sequence[Group],
+        sets: Sequence[Sequence[str]],
+        at: Mapping[str, int],
+        lattice: Lattice,
+        folder: Path | None,
+        progress: Callable[[int, int], None],
+    ) -> CostModel:
+        """Calculated from fractals, waves of tiles and bytes; see `fractal_model`."""
+        legal = lambda group: self.emitted_sizes(lattice, group)
+        return fractal_model(axes, groups, sets, at, legal, self.npu, self.wish.dtype)
 
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
         """The verify twin in onnxruntime against the pruned torch model; what needs CANN is said to be not run."""
@@ -89,17 +175,46 @@ class AscendTarget(Target):
         names = [spec.name for spec in manifest.outputs]
         error = max(case.error(dict(zip(names, run(case.inputs)))) for case in cases)
         return [
+            self._check_legality(folder),
             checked,
             rung(
                 "verify twin equals pruned model",
                 error,
                 self.tolerance,
-                "onnxruntime runs the file for ATC with the attention's meaning as a local function",
+                "onnxruntime runs the file for ATC with the attention's meaning as local functions",
             ),
-            Rung(
-                "atc",
-                "not run",
-                f"needs CANN: atc --model={ATC_MODEL} --framework=5 --soc_version={self.soc} --output=model",
-            ),
-            Rung("NPU", "not run", "needs an Ascend NPU: run the .om on ref/ and compare"),
+            *self._verify_private(folder, manifest, cases),
+            Rung("CANN", "not run", f"needs CANN's atc: ./{SCRIPT} --no-run builds the model for {self.soc}"),
+            Rung("NPU", "not run", f"needs an Ascend NPU: ./{SCRIPT} runs the built model on ref/ and compares"),
         ]
+
+    def _verify_private(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
+        """The rungs of the GE model and of the kernels; one that says what is missing where they were not written."""
+        rungs = []
+        for makes, has, family_has, check in (
+            ("GE model", (folder / AIR_MODEL).is_file(), fuses(self.npu.family, "air"), self._check_air),
+            ("kernels", (folder / "kernels").is_dir(), self.npu.family in FAMILIES, self._check_kernels),
+        ):
+            if has:
+                # What a check cannot judge is no fault of the artifact's.
+                try:
+                    rungs += check(folder, manifest, cases)
+                except LoweringError as e:
+                    rungs.append(Rung(makes, "not run", f"cannot be checked here: {e}"))
+            elif family_has:
+                rungs.append(Rung(makes, "not run", f"was not written; see the report, or {INSTALL} and compile again"))
+        return rungs
+
+    def _check_air(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
+        return check_air(folder, manifest, cases)
+
+    def _check_kernels(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
+        return check_kernels(folder)
+
+    def _check_legality(self, folder: Path) -> Rung:
+        """Every fused node of the file for ATC against the chip's row of the table."""
+        nodes = onnx.load(str(folder / ATC_MODEL), load_external_data=False).graph.node
+        found = [node for node in nodes if npu_ops.is_fused(node)]
+        broken = [reason for node in found if (reason := npu_ops.illegal(node, self.npu.family)) is not None]
+        detail = f"{len(found)} fused attentions against the table for {self.soc} ({self.npu.family})"
+        return rung("legality table", len(broken), 0, "; ".join([detail, *broken]))
