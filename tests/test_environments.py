@@ -90,6 +90,9 @@ time.sleep(60)"""
         call("small", script(small, body), {}, 2)
     assert time.monotonic() - began < 20
     state = Path(f"/proc/{started.read_text()}/stat")
+    # What was killed may take a moment to go.
+    while time.monotonic() - began < 20 and state.exists() and state.read_text().split()[2] != "Z":
+        time.sleep(0.05)
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 

@@ -219,7 +219,8 @@ def test_any_number_of_threads_gives_the_same_outputs(graph, artifacts, runtime)
         pytest.param("torch", "cuda", "no such device", marks=pytest.mark.skipif(GPU, reason="there is one here")),
         pytest.param("torch", None, "no CUDA device", marks=pytest.mark.skipif(GPU, reason="there is one here")),
         ("ascend", None, "needs CANN and an NPU"),
-        ("ascend", "npu", "needs CANN and an NPU.*device='npu'; load it with device=\"reference\""),
+        ("ascend", "npu", "needs CANN and an NPU.*build_on_cann.sh.*load it with device=\"reference\""),
+        ("ascend", "cuda", "an ascend artifact runs on an NPU; got device='cuda'"),
     ],
 )
 def test_a_device_that_cannot_run_it_is_refused(artifacts, runtime, device, message):

@@ -98,7 +98,7 @@ def architecture_of(folder: Path, device: str) -> str:
     try:
         known_arch(arch)
     except KeyError as e:
-        raise ArtifactError(str(folder), "the attention kernels do not run on this GPU", got=arch, wanted=str(e)) from e
+        raise ArtifactError(str(folder), f"the attention kernels do not run on this GPU: {e.args[0]}") from e
     return arch
 
 

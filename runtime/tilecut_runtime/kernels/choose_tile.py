@@ -101,7 +101,7 @@ def known_arch(arch: str) -> str:
     family, number = _parse(arch)
     older = [known for known in table["tiles"] if _parse(known)[0] == family and _parse(known)[1] < number]
     if not older:
-        raise KeyError(", ".join(table["tiles"]) + " or newer")
+        raise KeyError(f"no tiles for {arch}; known: {', '.join(table['tiles'])}")
     nearest = max(older, key=lambda known: _parse(known)[1])
     log.warning("no tiles for %s: those of %s are used", arch, nearest)
     return nearest
