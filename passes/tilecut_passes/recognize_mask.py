@@ -15,6 +15,7 @@ no product equals. Sizes at which the sub-graph cannot be computed at all are le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -184,7 +185,8 @@ def _decide(graph: Graph, cone: list[fx.Node], seen: Sequence[Observation]) -> M
                 continue
             if not equal(kept, seen):
                 continue
-            kept.sort(key=lambda atom: atom.size(seen) if atom.kind == "padding" else -1)
+            # The op has options for all but padding of queries: where either will do (a window of 1), that goes first.
+            kept.sort(key=lambda atom: {"padding": atom.size(seen), "query padding": math.inf}.get(atom.kind, -1))
             for atom in reversed(list(kept)):
                 rest = [one for one in kept if one is not atom]
                 if equal(rest, seen):
