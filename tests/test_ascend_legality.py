@@ -139,9 +139,32 @@ def test_packed_sequences_are_for_head_widths_of_128_and_192():
     found = choose("a2", shape(packed=True), "air")
     assert isinstance(found, Refused)
     assert "TND with head widths 128 and 192" in found.limit and (found.got, "128" in found.nearest) == ("64", True)
+    with pytest.raises(LoweringError, match=r"no fused attention; got 64; wanted .*TND.*; the nearest is 128"):
+        raise found.error("attention_0")
     for width in (128, 192):
         fused = choose("a2", shape(packed=True, width=width, value_width=width), "air")
         assert isinstance(fused, Fused) and fused.layout == "TND"
+
+
+def test_padding_that_lengths_tell_needs_no_mask():
+    padded = {"padding": True, "lengths": True}
+    for given, want in (
+        ({}, ("none", 0)),
+        # Mode 3 counts from the last key of each row, which padding moves; 2 from the first.
+        ({"causal": "bottom_right"}, ("compressed", 2)),
+        ({"causal": "top_left"}, ("compressed", 2)),
+        ({"causal": "bottom_right", "equal_lengths": False}, ("full", 0)),
+        ({"window": (3, 3)}, ("full", 0)),
+        ({"hidden": True}, ("full", 0)),
+        ({"global_tokens": 1}, ("full", 0)),
+    ):
+        found = choose("a2", shape(**padded, **given))
+        assert isinstance(found, Fused)
+        assert (found.mask, found.sparse_mode) == want and found.lengths == (want[0] != "full"), given
+    # 310P and the op of the .air file take no lengths.
+    air = choose("a2", shape(**padded), "air")
+    assert isinstance(air, Fused) and (air.mask, air.lengths) == ("full", False)
+    assert isinstance(choose("p310", shape(**padded)), Refused)
 
 
 def test_310p_has_as_many_kv_heads_as_heads():

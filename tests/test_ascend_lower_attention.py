@@ -40,7 +40,8 @@ def test_operands_and_options_are_the_attentions():
     run_passes(lowered, [LowerAttention()])
     (mask,) = nodes(lowered, npu_ops.hidden_pairs)
     for was, now in zip(nodes(fused, OP), nodes(lowered), strict=True):
-        assert [n.name for n in now.args] == [*(n.name for n in was.args[:3]), mask.name]  # type: ignore[union-attr]
+        assert [n.name for n in now.args[:4]] == [*(n.name for n in was.args[:3]), mask.name]  # type: ignore[union-attr]
+        assert now.args[4] is None
         heads = was.meta["val"].shape[1]
         assert now.kwargs == {
             "scale": 0.25, "sparse_mode": 0, "pre_tokens": ALL_TOKENS, "next_tokens": ALL_TOKENS, "kv_heads": heads,
@@ -127,6 +128,35 @@ def test_every_mask_has_its_sparse_mode(spelling, mode, tokens, shape):
     else:
         assert torch.equal(graph.tensor(str(source(node, 3).target)), torch.ones(shape, shape, dtype=torch.bool).triu(1))
     assert not graph.refusals
+
+
+@pytest.mark.parametrize("causal", ["none", "bottom_right"])
+@pytest.mark.parametrize("within", [lambda places, n: places < n, lambda places, n: n > places[None]])
+def test_padding_that_is_made_of_lengths_is_told_by_them(within, causal):
+    class Model(nn.Module):
+        def forward(self, x, lengths):
+            keep = within(torch.arange(x.shape[2]), lengths.unsqueeze(1))
+            return attention(x, x, x, keep, causal=causal)
+
+    example = {"x": torch.randn(2, 4, 7, 16), "lengths": torch.tensor([7, 3])}
+    graph = capture(Model(), example, {"x": {0: "batch", 2: "sequence"}, "lengths": {0: "batch"}})
+    run_passes(graph, [LowerAttention()])
+    (node,) = nodes(graph)
+    assert node.args[4] is graph.input_node("lengths") and node.kwargs["sparse_mode"] == (0 if causal == "none" else 2)
+    assert (node.args[3] is None) == (causal == "none")
+
+
+def test_places_that_do_not_count_keys_from_zero_are_a_mask():
+    class Model(nn.Module):
+        def forward(self, x, lengths):
+            keep = torch.arange(1, x.shape[2] + 1) < lengths.unsqueeze(1)
+            return attention(x, x, x, keep)
+
+    example = {"x": torch.randn(2, 4, 7, 16), "lengths": torch.tensor([7, 3])}
+    graph = capture(Model(), example, {"x": {0: "batch", 2: "sequence"}, "lengths": {0: "batch"}})
+    run_passes(graph, [LowerAttention()])
+    (node,) = nodes(graph)
+    assert value_of(source(node, 3)).shape[1] == 1 and node.args[4] is None
 
 
 def test_masks_are_made_once_each():

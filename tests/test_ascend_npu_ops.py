@@ -62,6 +62,27 @@ SIZES = [(1, 1), (5, 5), (3, 8), (7, 4)]
 HEADS = [(1, 1), (4, 4), (4, 1), (6, 2)]
 
 
+@pytest.mark.parametrize(("mode", "causal"), [(None, "none"), (0, "none"), (2, "top_left")])
+@pytest.mark.parametrize(("sq", "sk"), [(5, 5), (3, 8), (7, 4)])
+def test_keys_beyond_the_lengths_are_dropped(sq, sk, mode, causal):
+    q, k, v = operands(4, 2, sq, sk)
+    made = model(4, 2, mode)
+    node = made.graph.node[0]
+    node.input.extend([""] * (6 - len(node.input)) + ["lengths"])
+    made.graph.input.append(helper.make_tensor_value_info("lengths", TensorProto.INT64, ["b"]))
+    made.functions.clear()
+    made = npu_ops.make_twin(made)
+    assert made.functions[0].overload.endswith("_lengths")
+    lengths = torch.tensor([sk, 2])
+    drop = None if mode is None else torch.zeros(2, 1, sq, sk, dtype=torch.bool) if mode == 0 else npu_ops.triangle(2048)
+    feeds = {"query": q, "key": k, "value": v, "lengths": lengths} | ({} if drop is None else {"drop": drop})
+    session = ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(session.run(None, {name: x.numpy() for name, x in feeds.items()})[0])
+    keep = torch.arange(sk) < lengths[:, None]
+    assert (got.double() - meaning(q, k, v, keep, causal)).abs().max() < LIMIT
+    assert (got.double() - meaning(q, k, v, None, causal)).abs().max() > 10 * LIMIT
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize(("sq", "sk"), SIZES)
 def test_without_a_mask_the_function_is_attention(heads, kv_heads, sq, sk):
@@ -139,12 +160,16 @@ def test_the_function_keeps_the_dtype_it_is_given():
     assert (got.double() - meaning(q, k, v)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("overload", [npu_ops.UNMASKED, *(f"sparse_mode_{i}" for i in (0, 2, 3, 4))])
-def test_the_functions_inputs_number_three_or_five(overload):
+MASKINGS = [npu_ops.UNMASKED, *(f"sparse_mode_{i}" for i in (0, 2, 3, 4))]
+
+
+@pytest.mark.parametrize("overload", [*MASKINGS, *(one + npu_ops.LENGTHS for one in MASKINGS)])
+def test_the_functions_inputs_number_three_five_or_seven(overload):
     function = npu_ops.reference_function(overload)
     assert (function.domain, function.name, function.overload) == ("npu", "NPUPromptFlashAttention", overload)
-    count = 3 if overload == npu_ops.UNMASKED else 5
-    assert list(function.input) == ["query", "key", "value", "pse_shift", "atten_mask"][:count]
+    count = 7 if "lengths" in overload else 3 if overload == npu_ops.UNMASKED else 5
+    names = ["query", "key", "value", "pse_shift", "atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv"]
+    assert list(function.input) == names[:count]
     assert list(function.attribute) == list(npu_ops.ATTRIBUTES)
 
 

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
+from torch import nn
 
 from checks import TinyEncoder, emit, encoder_graph, mlp_graph, randomise, run_onnx
 from tilecut.make_cases import make_case, make_inputs
@@ -14,6 +15,7 @@ from tilecut_passes.capture import capture
 from tilecut_passes.run_passes import largest_error
 from tilecut_runtime.errors import ArtifactError, ConfigError, LoweringError
 from tilecut_runtime.session import load
+from tilecut_targets.ascend import npu_ops
 from tilecut_targets.ascend.build_script import SCRIPT, write_build_script
 from tilecut_targets.ascend.chips import CHIPS
 from tilecut_targets.ascend.lower_attention import LowerAttention
@@ -197,11 +199,38 @@ def test_lowering_is_one_visible_tuple():
         ("Ascend310B1,bf16", "has no bfloat16", "ascend:Ascend310B1,fp16"),
         ("bf16", "written in float32 or float16", "ascend:Ascend910B3,fp16"),
         ("Ascend910B7", "unknown Ascend chip", "Ascend910B"),
+        ("Ascend310B1,fused", "Atlas 200I/500 A2 inference products .* have no fused attention", "ascend:Ascend910B3,fused"),
     ],
 )
 def test_an_illegal_wish_is_one_error(words, problem, nearest):
     with pytest.raises(ConfigError, match=f"{problem}.*{nearest}"):
         AscendTarget(words)
+
+
+class Attends(nn.Module):
+    """One attention: q [B, N, S, D] on one KV head."""
+
+    def forward(self, q, kv):
+        return nn.functional.scaled_dot_product_attention(q, kv, kv, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("chip", "heads", "width", "limit"),
+    [
+        ("fused", 4, 20, r"got 20; wanted PromptFlashAttention .*multiples of 16 up to 512; the nearest is 32"),
+        ("fused", 100, 16, r"got 100 heads on 1, 100; wanted .*up to 64 heads for one KV head; the nearest is 2 KV heads"),
+        ("a3,fused", 4, 20, r"got 20; wanted FusedInferAttentionScore .*multiples of 16 .*; the nearest is 32"),
+        ("950,fp16,fused", 100, 16, r"got 100 heads on 1.*FusedInferAttentionScore .*64 heads.*; the nearest is 2 KV"),
+    ],
+)
+def test_a_fused_attention_that_was_asked_for_and_cannot_be_is_one_error(chip, heads, width, limit, tmp_path):
+    example = {"q": torch.randn(2, heads, 5, width), "kv": torch.randn(2, 1, 5, width)}
+    graph = capture(Attends(), example, {"q": {0: "batch", 2: "length"}, "kv": {0: "batch", 2: "length"}})
+    with pytest.raises(LoweringError, match=f"attention_default: no fused attention; {limit}"):
+        emit(AscendTarget(chip), graph, tmp_path / "never")
+    # Without the wish it is written out, and the report says why.
+    made = emit(AscendTarget(chip.replace("fused", "fp32").replace("fp16,", "")), graph, tmp_path / "written")
+    assert made.written.facts["fused_attention"] == 0 and made.lowered.refusals
 
 
 def test_a_file_in_fp16_holds_fp16_weights(tmp_path):
@@ -271,6 +300,39 @@ def test_heads_that_the_op_does_not_take_are_written_out(tmp_path):
     _, _, equal, *_ = AscendTarget().verify(made.folder, made.manifest, made.cases)
     assert equal.status == "passed"
     assert equal.figure is not None and equal.figure < 1e-5
+
+
+class Padded(nn.Module):
+    """Attention over rows x [B, S, 32] of which the first `lengths` [B] are real."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x, lengths):
+        keep = torch.arange(x.shape[1])[None] < lengths[:, None]
+        q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None])
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+def test_lengths_are_an_input_of_the_op_and_no_mask_is_made(tmp_path):
+    example = {"x": torch.randn(2, 7, 32), "lengths": torch.tensor([7, 3])}
+    graph = capture(randomise(Padded()), example, {"x": {0: "batch", 1: "sequence"}, "lengths": {0: "batch"}})
+    made = emit(AscendTarget(), graph, tmp_path / "lengths")
+    (node,) = [n for n in onnx.load(str(made.folder / ATC_MODEL)).graph.node if npu_ops.is_fused(n)]
+    assert [bool(name) for name in node.input] == [True, True, True, False, False, False, True]
+    assert npu_ops.illegal(node, "a2") is None and "the lengths of keys" in str(npu_ops.illegal(node, "p310"))
+    twin = {r.name: r for r in AscendTarget().verify(made.folder, made.manifest, made.cases)}
+    assert twin["verify twin equals pruned model"].status == "passed"
+    session = load(made.folder, device="reference")
+    # Longer than the rows are: nothing is hidden.
+    x = torch.randn(3, 5, 32)
+    for lengths in ([5, 2, 1], [9, 5, 4]):
+        got = session.run({"x": x.numpy(), "lengths": np.array(lengths)})
+        want = graph.run({"x": x, "lengths": torch.tensor(lengths)})
+        (a,), (b,) = got.values(), want.values()
+        assert np.abs(a - b.numpy()).max() < 2e-3 * b.abs().max()
 
 
 def test_a_model_without_attention_and_with_small_weights_is_written_too(tmp_path):

@@ -11,7 +11,7 @@ from checks import bert_graph, op_names, randomise, text_batch
 from test_recognize_mask import Attends, gpt2, tril
 from tilecut_passes.capture import capture
 from tilecut_passes.fuse_attention import FuseAttention
-from tilecut_passes.graph import Graph, sizes_of, value_of
+from tilecut_passes.graph import Graph, arguments, is_call, sizes_of, value_of
 from tilecut_passes.run_passes import largest_error, run_passes
 
 OP = torch.ops.tilecut.attention.default
@@ -114,6 +114,41 @@ def test_causal_and_padding_are_options():
     (node,) = [n for n in made.nodes if n.target is OP]
     assert node.kwargs["causal"] == "top_left"
     assert node.args[3] is not None and node.args[4] is None
+
+
+class Lengths(nn.Module):
+    """Attention over rows of which the first `lengths` [B] are real, in four spellings."""
+
+    def __init__(self, spell):
+        super().__init__()
+        self.spell = spell
+
+    def forward(self, x, lengths):
+        keep = torch.arange(x.shape[2])[None] < lengths[:, None]
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=self.spell(keep[:, None, None]))
+
+
+@pytest.mark.parametrize(
+    ("spell", "causal"),
+    [
+        (lambda m: m, False),
+        (lambda m: m & torch.ones(m.shape[-1], m.shape[-1], dtype=torch.bool).tril(), True),
+        (lambda m: torch.zeros(m.shape).masked_fill(~m, -1e9), False),
+        (lambda m: torch.where(m & torch.ones(m.shape[-1], m.shape[-1], dtype=torch.bool).tril(), 0.0, -1e9), True),
+    ],
+)
+def test_padding_by_lengths_is_padding(spell, causal):
+    example = {"x": torch.randn(3, 2, 9, 16), "lengths": torch.tensor([9, 4, 1])}
+    dense = capture(Lengths(spell), example, {"x": {0: "batch", 2: "sequence"}, "lengths": {0: "batch"}})
+    graph = dense.copy()
+    run_passes(graph, [FuseAttention()])
+    (node,) = [n for n in graph.nodes if is_call(n, OP)]
+    padding = arguments(node)["key_padding"]
+    assert is_call(padding, torch.ops.aten.lt.Tensor) and arguments(node)["bias"] is None and not graph.refusals
+    assert (arguments(node)["causal"] != "none") == causal
+    for s, lengths in ((9, [9, 4, 1]), (5, [1, 5, 3]), (12, [12, 12, 2])):
+        given = {"x": torch.randn(3, 2, s, 16), "lengths": torch.tensor(lengths)}
+        assert largest_error(graph.run(given), dense.run(given)) < 1e-6
 
 
 def test_layers_share_one_padding():

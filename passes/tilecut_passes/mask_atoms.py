@@ -144,6 +144,8 @@ def atoms_of(
     literals = sorted(
         {0, 1, *(s * x for x in literals_of(cone) if x <= LARGE for s in (1, -1))}, key=lambda x: (abs(x), -x)
     )
+    # Lengths [B] are no mask by themselves: the inner node that compares places with them is.
+    inputs = [n for n in inputs if value_of(n).ndim == 2]
     paddings = [(n, Padding(names[n], test, x)) for n in inputs for x in literals for test in PREDICATES]
     truths = [n for n in inner if value_of(n).dtype == torch.bool]
     paddings += [(n, Padding(n.name, test)) for n in truths for test in ("ne", "eq")]

@@ -8,7 +8,8 @@ Probes (facts: a window of 4096 looks causal below 4096):
     sizes   two sets of primes, all different; the smallest; two beyond every literal of the cone and beyond products of
             its factors; one long; one that covers every constant tensor of the cone
     inputs  ones, padded right, padded left, holes, all zeros; packed positions, packed with an offset, values around
-            every literal. With several inputs also one style for each.
+            every literal. With several inputs also one style for each. Inputs of rank 1 are lengths: all keys, none,
+            random ones.
 Literals above `LARGE` are replaced by three smaller numbers each (the sub-graph is the same function of them), and
 looked at once at their own size.
 """
@@ -184,7 +185,7 @@ def cone_of(root: fx.Node) -> list[fx.Node]:
 
 
 def unprobeable(graph: Graph, cone: Sequence[fx.Node]) -> str | None:
-    """Why a cone is no mask: it holds a random op, an activation or an input that is no rank-2 mask. None: it may be."""
+    """Why a cone is no mask: it holds a random op, an activation or an input that is no mask and no lengths. None: it may be."""
     if random := random_op(cone):
         return f"it holds the random op {random.target}"
     names = dict(zip(graph.placeholders, graph.inputs))
@@ -195,8 +196,8 @@ def unprobeable(graph: Graph, cone: Sequence[fx.Node]) -> str | None:
             if is_call(node, *HEAVY):
                 return f"it depends on activations ({node.target})"
     for node in cone:
-        if node.op == "placeholder" and (value_of(node).ndim != 2 or value_of(node).is_floating_point()):
-            return f"it depends on the input {names[node]}, which is no rank-2 mask"
+        if node.op == "placeholder" and (value_of(node).ndim not in (1, 2) or value_of(node).is_floating_point()):
+            return f"it depends on the input {names[node]}, which is no rank-2 mask and holds no lengths"
     return None
 
 
@@ -255,7 +256,8 @@ def make_probes(
         for replaced in _replacements(large) if shrinks and shrink else [{}]:
             for chosen in _styles(len(used), styles):
                 seed += 1
-                inputs = _inputs(graph, used, sizes, chosen, values, seed)
+                keys = number_of(pairs[1], sizes)
+                inputs = _inputs(graph, used, sizes, keys, chosen, values, seed)
                 made.append(Probe(sizes, inputs, chosen, replaced, seed))
         yield made
 
@@ -334,17 +336,24 @@ def _inputs(
     graph: Graph,
     used: Sequence[str],
     sizes: Mapping[sympy.Symbol, int],
+    keys: int,
     styles: tuple[str, ...],
     values: Sequence[int],
     seed: int,
 ) -> dict[str, Tensor]:
+    """What each input holds: masks [B, S] in their style, and lengths [B] from 0 to the number of keys."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, style in zip(used, styles, strict=True):
         node = graph.input_node(name)
         assert node is not None
-        batch, length = (number_of(s, sizes) for s in sizes_of(value_of(node)))
-        made[name] = _styled(style, batch, length, values, generator).to(value_of(node).dtype)
+        shape = [number_of(s, sizes) for s in sizes_of(value_of(node))]
+        if len(shape) == 2:
+            made[name] = _styled(style, shape[0], shape[1], values, generator).to(value_of(node).dtype)
+        elif style in ("ones", "zeros"):
+            made[name] = torch.full(shape, keys * (style == "ones"), dtype=value_of(node).dtype)
+        else:
+            made[name] = torch.randint(0, keys + 1, shape, generator=generator).to(value_of(node).dtype)
     return made
 
 

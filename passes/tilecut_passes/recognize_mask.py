@@ -9,7 +9,7 @@ atoms without which it still is, the loosest paddings first. Values above `MASKE
 or a node of the cone that equals it on all visible pairs up to a constant factor (a table of relative positions).
 
 This is evidence, not proof: the compile's own parity check on whole models stands behind it. Rejected, with the reason:
-random ops, activations, inputs that are no rank-2 integers, heads that see differently, probes that fail, and masks that
+random ops, activations, inputs that are no integers of rank 2 or 1, heads that see differently, probes that fail, and masks that
 no product equals. Sizes at which the sub-graph cannot be computed at all are left out: the model cannot run there.
 """
 

@@ -88,14 +88,18 @@ LINES = {"910b": "Ascend910B3", "a2": "Ascend910B3", "a3": "Ascend910_9391", "95
 LINES |= {"950pr": "Ascend950PR_9589", "950dt": "Ascend950DT_9582", "310p": "Ascend310P3", "310b": "Ascend310B1"}
 DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16"}
 DTYPES |= {"bfloat16": "bfloat16", "bf16": "bfloat16"}
+# Every attention is to become the chip's fused op.
+FUSED = "fused"
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the words after "ascend:" ask for: a chip, and the type of the file's weights and products."""
+    """What the words after "ascend:" ask for: a chip, the type of the file's weights and products, and `fused`, that an
+    attention which the chip's fused op does not take is an error and not MatMul and Softmax."""
 
     chip: Chip
     dtype: str
+    fused: bool = False
 
 
 def find_chip(name: str) -> Chip:
@@ -119,14 +123,14 @@ def find_chip(name: str) -> Chip:
 
 
 def read_wish(words: str | None) -> Wish:
-    """The meaning of "Ascend310P3", "910b3,fp16", "fp16": at most one chip and one type.
+    """The meaning of "Ascend310P3", "910b3,fp16,fused", "fp16": at most one chip and one type.
 
     Raises:
         ConfigError: an unknown word, or two chips or types.
     """
     given = [word.strip() for word in (words or "").split(",") if word.strip()]
     dtypes = {DTYPES[word.lower()] for word in given if word.lower() in DTYPES}
-    chips = [find_chip(word) for word in given if word.lower() not in DTYPES]
+    chips = [find_chip(word) for word in given if word.lower() not in (*DTYPES, FUSED)]
     if len(dtypes) > 1 or len(chips) > 1:
         raise ConfigError(
             "target",
@@ -135,4 +139,5 @@ def read_wish(words: str | None) -> Wish:
             wanted="one of each",
             fix="compile once for each",
         )
-    return Wish(chips[0] if chips else CHIPS[DEFAULT_SOC], dtypes.pop() if dtypes else "float32")
+    chip, dtype = chips[0] if chips else CHIPS[DEFAULT_SOC], dtypes.pop() if dtypes else "float32"
+    return Wish(chip, dtype, FUSED in map(str.lower, given))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -37,7 +37,8 @@ class AttentionShape:
         width, value_width: of a head of q and k, and of v.
         queries, keys: how many; None where that is known at run time only.
         equal_lengths: whether there are as many queries as keys, at every size.
-        padding: keys are padded. hidden: a bool mask of the model's hides pairs.
+        padding: keys are padded. lengths: and those that are left are the first of their row, as many as a tensor says.
+        hidden: a bool mask of the model's hides pairs.
         bias, slopes, softcap, dropout: a float is added to the scores, ALiBi, a soft-cap, dropped weights.
         packed: sequences one after another without padding, layout TND.
     """
@@ -54,6 +55,7 @@ class AttentionShape:
     window: tuple[int, int] = (-1, -1)
     global_tokens: int = 0
     padding: bool = False
+    lengths: bool = False
     hidden: bool = False
     bias: bool = False
     slopes: bool = False
@@ -70,7 +72,11 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Fused:
-    """The op and its arguments. `kv_heads` is num_key_value_heads; `expand` says that KV heads are repeated first."""
+    """The op and its arguments.
+
+    `kv_heads` is num_key_value_heads; `expand` says that KV heads are repeated first, `lengths` that
+    actual_seq_lengths_kv tells the op of padding, and no mask.
+    """
 
     op: str
     layout: str
@@ -81,6 +87,7 @@ class Fused:
     kv_heads: int
     expand: bool
     inner_precise: int
+    lengths: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,11 +147,15 @@ def choose(family: str, wanted: AttentionShape, container: str = "onnx") -> Fuse
         return refused
     expand = wanted.heads // wanted.kv_heads > row["ratio"]
     kv_heads = 0 if row.get("zero_kv_heads") else wanted.kv_heads
-    mask, mode, before, after = _masking(row, wanted)
+    lengths = _by_lengths(row, wanted)
+    mask, mode, before, after = _masking(row, replace(wanted, padding=False) if lengths else wanted)
+    if lengths and mode == 3:
+        # Mode 3 counts from each row's own last key, mode 2 from the first: with as many queries as keys that hides the same.
+        mode = 2
     if mask != "none" and (refused := _unmaskable(op, row, wanted)) is not None:
         return refused
     precise = row["inner_precise_masked"] if mask == "full" else row["inner_precise"]
-    return Fused(op, "TND" if wanted.packed else wanted.layout, mode, before, after, mask, kv_heads, expand, precise)
+    return Fused(op, "TND" if wanted.packed else wanted.layout, mode, before, after, mask, kv_heads, expand, precise, lengths)
 
 
 def _absent(family: str, wanted: AttentionShape, container: str) -> Refused:
@@ -208,6 +219,12 @@ def _beyond_sizes(op: str, row: dict[str, Any], wanted: AttentionShape) -> Refus
 
 def _multiple(n: int, step: int) -> int:
     return -(-n // step) * step
+
+
+def _by_lengths(row: dict[str, Any], wanted: AttentionShape) -> bool:
+    """Whether padding can be told by lengths: nothing else is hidden but what lies above the diagonal of a square."""
+    plain = not (wanted.hidden or wanted.global_tokens) and wanted.window == (-1, -1)
+    return row["actual_lengths"] and wanted.lengths and plain and (wanted.causal == "none" or wanted.equal_lengths)
 
 
 def _masking(row: dict[str, Any], wanted: AttentionShape) -> tuple[str, int, int, int]:

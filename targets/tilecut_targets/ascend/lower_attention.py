@@ -2,10 +2,11 @@
 
 Before: tilecut::attention(q, k, v, key_padding, bias, ..). After: npu::NPUPromptFlashAttention in fp16, with the
 arguments that `legality.choose` names: causality and windows as sparse modes with the compressed mask, made once; padding
-and everything else that hides pairs as one full mask, made once for all attentions that share it. A bias of 0 and -inf
-(a boolean mask of the model's, packed sequences) is such a mask. KV heads are repeated where the op takes no groups.
+and everything else that hides pairs as one full mask, made once for all attentions that share it. Padding that the model
+makes of lengths (arange < lengths) is told by them, as actual_seq_lengths_kv, where nothing else needs a full mask. A bias
+of 0 and -inf (a boolean mask of the model's, packed sequences) is a mask. KV heads are repeated where the op takes no groups.
 Left alone, with the limit and the nearest legal choice in `graph.refusals` (the exporter then writes MatMul and
-Softmax): what `legality.Refused` says.
+Softmax): what `legality.Refused` says. Where the fused op was asked for, that is an error instead.
 """
 
 from __future__ import annotations
@@ -29,20 +30,32 @@ TRIANGLE = "npu_triangle"
 
 @dataclass(frozen=True)
 class LowerAttention:
-    """Every attention within the limits of a family of chips becomes one fused op."""
+    """Every attention within the limits of a family of chips becomes one fused op.
+
+    `required` is the container, "onnx" or "air", in which an attention that has no fused op is an error.
+    """
 
     family: str = "a2"
+    required: str | None = None
 
     def match(self, node: fx.Node) -> Fused | Refused:
         """The op and its arguments, or the limit that the attention breaks."""
         return choose(self.family, attention_shape(node, "float16"), "onnx")
 
     def __call__(self, graph: Graph) -> int:
-        """Lower in place; returns the number of attentions."""
+        """Lower in place; returns the number of attentions.
+
+        Raises:
+            LoweringError: an attention without a fused op in the required container.
+        """
         masks: dict[str, fx.Node] = {}
         count = 0
         for node in [n for n in graph.nodes if is_call(n, torch.ops.tilecut.attention.default)]:
             found = self.match(node)
+            if self.required is not None:
+                needed = choose(self.family, attention_shape(node, "float16"), self.required)
+                if isinstance(needed, Refused):
+                    raise needed.error(node.name)
             if isinstance(found, Refused):
                 graph.refusals.append(Refusal("LowerAttention", node.name, str(found)))
                 continue
@@ -55,6 +68,7 @@ class LowerAttention:
                     a["k"],
                     a["v"],
                     mask,
+                    lengths_of(a["key_padding"]) if found.lengths else None,
                     scale=a["scale"],
                     sparse_mode=found.sparse_mode,
                     pre_tokens=found.pre_tokens,
@@ -107,12 +121,28 @@ def attention_shape(node: fx.Node, dtype: str) -> AttentionShape:
         window=(a["window"][0], a["window"][1]),
         global_tokens=a["global_tokens"],
         padding=a["key_padding"] is not None,
+        lengths=lengths_of(a["key_padding"]) is not None,
         hidden=masked,
         bias=a["bias"] is not None and not masked,
         slopes=a["alibi_slopes"] is not None,
         softcap=bool(a["softcap"]),
         dropout=bool(a["dropout_p"]),
     )
+
+
+def lengths_of(padding: fx.Node | None) -> fx.Node | None:
+    """The lengths [B] that a key padding [B, Sk] is made of, where it is `arange(Sk) < lengths[:, None]`."""
+    if padding is None or not is_call(padding, aten.lt.Tensor, aten.gt.Tensor):
+        return None
+    places, lengths = padding.args[:2] if is_call(padding, aten.lt.Tensor) else padding.args[1::-1]
+    if not (isinstance(places, fx.Node) and isinstance(lengths, fx.Node) and is_call(lengths, aten.unsqueeze.default)):
+        return None
+    if is_call(places, aten.unsqueeze.default) and value_of(places).shape[0] == 1:
+        places = source(places)
+    # From 0 in steps of 1.
+    counts = is_call(places, aten.arange.default) and len(places.args) == 1 and value_of(places).ndim == 1
+    whole = value_of(lengths).ndim == 2 and lengths.args[1] in (1, -1) and not value_of(lengths).is_floating_point()
+    return source(lengths) if counts and whole else None
 
 
 def hides_only(bias: fx.Node) -> bool:

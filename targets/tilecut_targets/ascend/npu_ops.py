@@ -6,7 +6,7 @@ told apart by the node's `overload`, which only the twin has. In this op the mas
 torch's.
 
 Specification: CANN ops-transformer, aclnnPromptFlashAttentionV3 (meaning) and npu_prompt_flash_attention_onnx_plugin.cpp
-(inputs by place: query, key, value, pse_shift, atten_mask; attributes; pre_tokens and next_tokens left out are 0).
+(inputs by place, `INPUTS`; attributes; pre_tokens and next_tokens left out are 0).
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ ATTRIBUTES = (
     "sparse_mode",
     "inner_precise",
 )
-UNMASKED = "unmasked"
+INPUTS = ("query", "key", "value", "pse_shift", "atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv")
+UNMASKED, LENGTHS = "unmasked", "_lengths"
 
 
 def hidden_pairs(
@@ -82,6 +83,7 @@ def prompt_flash_attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    lengths: Tensor | None = None,
     *,
     scale: float,
     sparse_mode: int,
@@ -91,12 +93,20 @@ def prompt_flash_attention(
     inner_precise: int,
     expand: bool,
 ) -> Tensor:
-    """q [B, N, Sq, D], k and v [B, Nk, Sk, D] -> [B, N, Sq, D] through fp16; the arguments are `legality.Fused`'s."""
+    """q [B, N, Sq, D], k and v [B, Nk, Sk, D], lengths of keys [B] -> [B, N, Sq, D] through fp16.
+
+    The other arguments are `legality.Fused`'s.
+    """
     if expand:
         groups = q.shape[1] // k.shape[1]
         k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
-    # pse_shift stays empty: a mask must be the fifth input.
-    inputs = (q.half(), k.half(), v.half()) if mask is None else (q.half(), k.half(), v.half(), None, mask)
+    inputs: list[Tensor | None] = [q.half(), k.half(), v.half()]
+    # An input is known by its place: pse_shift stays empty, and so does actual_seq_lengths, since every query is computed.
+    if mask is not None or lengths is not None:
+        inputs += [None, mask]
+    if lengths is not None:
+        # The op takes no more than there are keys.
+        inputs += [None, lengths.long().clamp(0, k.shape[2])]
     attrs = {
         "num_heads": int(q.shape[1]),
         "scale_value": scale,
@@ -128,7 +138,8 @@ def is_fused(node: onnx.NodeProto) -> bool:
 def overload_of(node: onnx.NodeProto) -> str:
     """Which function a node's meaning is."""
     mode = next(a.i for a in node.attribute if a.name == "sparse_mode")
-    return f"sparse_mode_{mode}" if len(node.input) > 3 else UNMASKED
+    masked = len(node.input) > 3 and node.input[4] != ""
+    return (f"sparse_mode_{mode}" if masked else UNMASKED) + (LENGTHS if len(node.input) > 5 else "")
 
 
 def illegal(node: onnx.NodeProto, family: str) -> str | None:
@@ -142,9 +153,11 @@ def illegal(node: onnx.NodeProto, family: str) -> str | None:
         # ATC takes 0 for those that are left out, and 1.0 for the scale.
         return f"{node.name}: no {', '.join(missing)}"
     kv_heads = held["num_key_value_heads"]
-    masked = len(node.input) > 3
+    masked = len(node.input) > 3 and node.input[4] != ""
     rules = {
-        "3 or 5 inputs, pse_shift empty": len(node.input) == 3 or (len(node.input) == 5 and not node.input[3]),
+        "3, 5 or 7 inputs": len(node.input) in (3, 5, 7),
+        "pse_shift and the lengths of queries, which stay empty": not any([*node.input[3:4], *node.input[5:6]]),
+        "the lengths of keys": len(node.input) < 7 or row["actual_lengths"],
         "the layout": held["input_layout"].decode() in row["layouts"],
         "the number of heads": 1 <= held["num_heads"] <= row["heads"],
         "the heads of one KV head": kv_heads == 0 or held["num_heads"] <= row["ratio"] * kv_heads,
@@ -174,7 +187,7 @@ def make_twin(model: onnx.ModelProto) -> onnx.ModelProto:
 def reference_function(overload: str) -> onnx.FunctionProto:
     """What a node means in layout BNSD: softmax(scale q k^T, dropped pairs left out) v, in fp32.
 
-    overload: "unmasked", or "sparse_mode_0", 2, 3 or 4.
+    overload: "unmasked", or "sparse_mode_0", 2, 3 or 4; then "_lengths" where keys beyond actual_seq_lengths_kv are dropped.
     """
     function = _Function()
     add, constant = function.add, function.constant
@@ -200,15 +213,19 @@ def reference_function(overload: str) -> onnx.FunctionProto:
     scale = function.attribute("scale", "scale_value", onnx.AttributeProto.FLOAT, "value_float")
     add("Mul", [add("MatMul", ["query_grouped", "key_transposed"], "products"), scale], "scaled")
     scores = add("Reshape", ["scaled", add("Concat", ["b", "n", "sq", "sk"], "score_shape", axis=0)], "scores")
-    if overload != UNMASKED:
-        hidden = _hidden(function, int(overload.removeprefix("sparse_mode_")))
+    masking = overload.removesuffix(LENGTHS)
+    hidden = [] if masking == UNMASKED else [_hidden(function, int(masking.removeprefix("sparse_mode_")))]
+    if overload.endswith(LENGTHS):
+        hidden.append(_beyond_lengths(function))
+    if hidden:
+        hidden = hidden[0] if len(hidden) == 1 else add("Or", hidden, "hidden_or_beyond")
         scores = add("Where", [hidden, constant("negative", NEGATIVE, np.float32), scores], "masked")
     add("Softmax", [scores], "weights", axis=-1)
     add("Reshape", ["weights", add("Concat", ["b", "nk", rest, "sk"], "weights_shape", axis=0)], "weights_grouped")
     add("MatMul", ["weights_grouped", "value_wide"], "mixed")
     add("Reshape", ["mixed", add("Concat", ["b", "n", "sq", rest], "out_shape", axis=0)], "out_wide")
     add("CastLike", ["out_wide", "query"], "attention_out")
-    inputs = ["query", "key", "value"] + ["pse_shift", "atten_mask"] * (overload != UNMASKED)
+    inputs = INPUTS[: 7 if overload.endswith(LENGTHS) else 3 if overload == UNMASKED else 5]
     opsets = [helper.make_opsetid("", ONNX_OPSET)]
     made = helper.make_function(DOMAIN, OP, inputs, ["attention_out"], function.nodes, opsets, list(ATTRIBUTES))
     made.overload = overload
@@ -236,6 +253,15 @@ class _Function:
         node.attribute.append(onnx.AttributeProto(name=field, ref_attr_name=of, type=cast(Any, kind)))
         self.nodes.append(node)
         return name
+
+
+def _beyond_lengths(function: _Function) -> str:
+    """The keys at and beyond the lengths: bool [B, 1, 1, Sk]."""
+    add, constant = function.add, function.constant
+    count = add("Squeeze", ["sk", "axis0"], "key_count")
+    places = add("Range", [constant("first", 0), count, constant("one", 1)], "key_places")
+    lengths = add("Unsqueeze", ["actual_seq_lengths_kv", constant("broadcast", [1, 2, 3])], "key_lengths")
+    return add("GreaterOrEqual", [places, lengths], "beyond")
 
 
 def _hidden(function: _Function, mode: int) -> str:

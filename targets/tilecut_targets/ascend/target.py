@@ -1,8 +1,9 @@
 """target="ascend": ONNX with CANN's fused attention for ATC, a verify twin of it that onnxruntime runs anywhere, and the
 script that builds it on a machine with CANN.
 
-The words behind "ascend:" name a chip and the type of the file: "ascend:Ascend310P3", "ascend:Ascend910B3,fp16". What the
-chip's fused attention takes is the legality table's (`legality.py`). What needs CANN or an NPU is reported "not run".
+The words behind "ascend:" name a chip and the type of the file: "ascend:Ascend310P3", "ascend:Ascend910B3,fp16"; "fused"
+makes it an error when an attention is beyond the chip's fused op. What that op takes is the legality table's (`legality.py`).
+What needs CANN or an NPU is reported "not run".
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tilecut_runtime.session import onnx_runner
 from tilecut_targets.ascend import npu_ops
 from tilecut_targets.ascend.build_kernels import FAMILIES, check_kernels, compile_kernels
 from tilecut_targets.ascend.build_script import SCRIPT, write_build_script
-from tilecut_targets.ascend.chips import Chip, Wish, read_wish
+from tilecut_targets.ascend.chips import CHIPS, DEFAULT_SOC, Chip, Wish, read_wish
 from tilecut_targets.ascend.environments import INSTALL, is_installed
 from tilecut_targets.ascend.fractal_model import fractal_model
 from tilecut_targets.ascend.legality import family_row, fuses
@@ -77,6 +78,19 @@ class AscendTarget(Target):
                 wanted="fp32 or fp16",
                 fix=f'the nearest is "ascend:{wish.chip.soc},fp16"',
             )
+        if wish.fused and self._fused_in is None:
+            raise ConfigError(
+                "target",
+                f"{held['products']} have no fused attention",
+                got=f"ascend:{self.chip}",
+                wanted="a chip that has one, or MatMul and Softmax",
+                fix=f'leave "fused" out, or the nearest is "ascend:{CHIPS[DEFAULT_SOC].soc},fused"',
+            )
+
+    @property
+    def _fused_in(self) -> str | None:
+        """The container that holds the chip's fused attention."""
+        return next((container for container in ("onnx", "air") if fuses(self.npu.family, container)), None)
 
     @property
     def wish(self) -> Wish:
@@ -104,7 +118,8 @@ class AscendTarget(Target):
     def lowering(self) -> tuple[Pass, ...]:
         """CANN's fused attention, in the type that was asked for."""
         half: tuple[Pass, ...] = (ComputeIn(torch.float16), FoldCasts()) if self.wish.dtype == "float16" else ()
-        return (UnpackAttention(), *half, LowerAttention(self.npu.family))
+        required = self._fused_in if self.wish.fused else None
+        return (UnpackAttention(), *half, LowerAttention(self.npu.family, required))
 
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """The file for ATC, its twin with model-local functions, the weights of both, and what builds them."""
