@@ -55,7 +55,7 @@ def find_region(axes: Axes, groups: Sequence[Group]) -> LayerRegion:
     # What reads a holder and is none has sliced the units away: the keys of a fused projection, where only queries go.
     inside = sinks | holders | {user for n in holders for user in n.users if user.op != "output" and _reads(user)}
     inputs, copied = _needed(axes, inside)
-    graph = _extract(axes.graph, inside, inputs, copied)
+    graph = extract(axes.graph, inside, inputs, copied)
     return LayerRegion(graph, matching_groups(graph, groups))
 
 
@@ -171,7 +171,7 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-def _extract(whole: Graph, inside: set[fx.Node], inputs: set[fx.Node], copied: set[fx.Node]) -> Graph:
+def extract(whole: Graph, inside: set[fx.Node], inputs: set[fx.Node], copied: set[fx.Node]) -> Graph:
     """A graph of `copied`, with `inputs` as placeholders and what is read outside of `inside` as outputs."""
     new = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}

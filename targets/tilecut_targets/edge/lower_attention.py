@@ -37,7 +37,9 @@ class Projection:
 
 @dataclass(frozen=True)
 class LowerAttention:
-    """Every attention that onnxruntime has a fused op for becomes one."""
+    """Every attention that onnxruntime has a fused op for becomes one; unless `packed`, all take the separate form."""
+
+    packed: bool = True
 
     def match(self, node: fx.Node) -> str | None:
         """Why neither fused op can express this attention, or None when one can."""
@@ -70,9 +72,10 @@ class LowerAttention:
             parts = [p for name in "qkv" if (p := find_projection(graph, a[name])) is not None]
             one = len(parts) == 3 and len({(p.source, p.weight.shape) for p in parts}) == 1
             bias = _with_window(graph, node, _once(graph, node, a["bias"], biases, finite), windows)
-            folded = (
-                _packed(graph, node, a, mask, parts) if one and bias is None else _separate(graph, node, a, mask, bias)
-            )
+            if self.packed and one and bias is None:
+                folded = _packed(graph, node, a, mask, parts)
+            else:
+                folded = _separate(graph, node, a, mask, bias)
             _replace(graph, node, folded)
             count += 1
         return count
