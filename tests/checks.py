@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
+import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -234,3 +238,19 @@ def run_onnx(path: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     got = session.run(None, {k: v.numpy() for k, v in inputs.items()})
     return {o.name: torch.from_numpy(v) for o, v in zip(session.get_outputs(), got, strict=True)}
+
+
+def run_interpreted(config: pytest.Config, file: str, markers: str = "") -> None:
+    """A test file again, in a process in which Triton interprets its kernels."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", file, "-q", "-x", "-p", "no:cacheprovider", "-m", markers),
+            *("-c", str(config.inipath), "--rootdir", str(config.rootpath), "-o", "pythonpath="),
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path), "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -6,8 +6,6 @@ in `test_ascend_run_kernel.py`.
 """
 
 import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
@@ -19,21 +17,10 @@ LENGTHS = {"short": (21, 75), "long": (75, 33), "one": (1, 40)}
 WINDOWS = {"none": (-1, -1), "left": (17, -1), "right": (-1, 9), "both": (20, 6)}
 
 if not INTERPRETED:
+    from checks import run_interpreted
 
     def test_interpreted(pytestconfig):
-        paths = os.pathsep.join(sys.path)
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"),
-                *("-c", str(pytestconfig.inipath), "--rootdir", str(pytestconfig.rootpath), "-o", "pythonpath="),
-            ],
-            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "PYTEST_ADDOPTS": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout
+        run_interpreted(pytestconfig, __file__)
 
 else:
     from tilecut_runtime.attention import attention_naive

@@ -5,8 +5,6 @@ this file holds two tests that start pytest on it again. To see the cases: TRITO
 """
 
 import os
-import subprocess
-import sys
 from itertools import combinations, product
 
 import pytest
@@ -77,28 +75,14 @@ def with_slow(cases: list[dict], quick: int) -> list:
 
 
 if not INTERPRETED:
-
-    def run_interpreted(config: pytest.Config, markers: str) -> None:
-        paths = os.pathsep.join(sys.path)
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-m", markers),
-                *("-c", str(config.inipath), "--rootdir", str(config.rootpath), "-o", "pythonpath="),
-            ],
-            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "PYTEST_ADDOPTS": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout
+    from checks import run_interpreted
 
     def test_kernels_equal_float64(request):
-        run_interpreted(request.config, "not slow")
+        run_interpreted(request.config, __file__, "not slow")
 
     @pytest.mark.slow
     def test_kernels_equal_float64_in_every_case(request):
-        run_interpreted(request.config, "slow")
+        run_interpreted(request.config, __file__, "slow")
 
     def test_cover_is_small_and_whole():
         assert len(COVER) <= 150

@@ -247,6 +247,13 @@ def source(node: fx.Node, index: int = 0) -> fx.Node:
     return found
 
 
+def before_casts(node: Any) -> Any:
+    """What a value was before it was cast to other dtypes; the value itself where it was not."""
+    while is_call(node, torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype):
+        node = source(node)
+    return node
+
+
 def map_nodes(function: Callable[[fx.Node], Any], *given: Any) -> Any:
     """`given` (args, kwargs, ..) with every node in it replaced by what `function` makes of it."""
     return fx.map_arg(given, function)

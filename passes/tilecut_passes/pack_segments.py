@@ -27,6 +27,7 @@ from tilecut_passes.graph import (
     Graph,
     Size,
     arguments,
+    before_casts,
     calls_before,
     is_call,
     size_arguments,
@@ -38,7 +39,6 @@ from tilecut_passes.mask_atoms import Segments
 from tilecut_passes.recognize_mask import MaskMeaning
 
 aten = torch.ops.aten
-CASTS = (aten._to_copy.default, aten.to.dtype)
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,7 @@ def _counts_truths(node: fx.Node) -> bool:
     """Whether a node [B, S] counts, along its rows, how often something was true: it never falls."""
     if not is_call(node, aten.cumsum.default) or arguments(node)["dim"] not in (1, -1):
         return False
-    counted = source(node)
-    while is_call(counted, *CASTS):
-        counted = source(counted)
-    return value_of(counted).dtype == torch.bool
+    return value_of(before_casts(source(node))).dtype == torch.bool
 
 
 def _input_of_size(graph: Graph, size: Size) -> fx.Node | None:

@@ -1,13 +1,14 @@
 """A cost model that is calculated: every product of a model priced alone, and the prices added up.
 
-A chip's model says what one product costs (`Price`); here the products of every set of groups are priced at a grid of
-legal sizes, as the tables of `cost_model.py`. Norms, activations and launches are in no product: the milliseconds rank
-shapes and are a lower bound.
+A chip's model says what a product with a weight costs and what one of attention's two; here the products of every set
+of groups are priced at a grid of legal sizes, as the tables of `cost_model.py`. Norms, activations and launches are in no
+product: the milliseconds are for ranking shapes.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,10 @@ from tilecut_targets.cost_model import CALCULATED, CostModel, LayerTable
 
 # Sizes of a layer that are priced one by one; of more, an even choice is, and those between are interpolated.
 MOST_POINTS = 2048
-# Milliseconds of a product: whether it is with a weight (else one of attention's two), and the sizes [.., n, k].
-Price = Callable[[bool, Sequence[int]], float]
+# Milliseconds of [m, k] x [k, n].
+ProductMs = Callable[[int, int, int], float]
+# Milliseconds of one of attention's two products: that many [queries, inner] x [inner, outer].
+AttentionMs = Callable[[int, int, int, int], float]
 
 
 def price_products(
@@ -31,7 +34,8 @@ def price_products(
     sets: Sequence[Sequence[str]],
     at: Mapping[str, int],
     legal: Callable[[Group], list[int]],
-    price: Price,
+    product_ms: ProductMs,
+    attention_ms: AttentionMs,
     facts: Mapping[str, Any],
     note: str,
 ) -> CostModel:
@@ -53,8 +57,15 @@ def price_products(
     nodes = {n.name: n for n in axes.graph.nodes}
     dense = {term for term in counter.terms if not axes.weights.isdisjoint(nodes[term.node].all_input_nodes)}
 
+    def price(term: MacTerm, counts: Mapping[str, int]) -> float:
+        *outer, n, k = counter.sizes_of(term, counts)
+        if term in dense:
+            return product_ms(math.prod(outer), n, k)
+        *programs, m = outer or [1]
+        return attention_ms(math.prod(programs), m, k, n)
+
     def cost(terms: Sequence[MacTerm], counts: Mapping[str, int]) -> float:
-        return sum(price(term in dense, counter.sizes_of(term, counts)) for term in terms)
+        return sum(price(term, counts) for term in terms)
 
     tables: dict[tuple, LayerTable] = {}
     layers = []

@@ -14,15 +14,13 @@ from tilecut_passes.graph import (
     Graph,
     Size,
     arguments,
+    before_casts,
     is_call,
     number_of,
     size_of,
     sizes_of,
     value_of,
 )
-
-aten = torch.ops.aten
-CASTS = (aten._to_copy.default, aten.to.dtype)
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,7 @@ def find_bounds(graph: Graph) -> dict[str, Bounds]:
     for node in [n for n in graph.nodes if is_call(n, PACKED_ATTENTION)]:
         a = arguments(node)
         for side in "qk":
-            given, longest = a[f"cu_seqlens_{side}"], a[f"max_{side}"]
-            while is_call(given, *CASTS):
-                given = given.args[0]
+            given, longest = before_casts(a[f"cu_seqlens_{side}"]), a[f"max_{side}"]
             if given in names:
                 most = size_of(value_of(longest) if isinstance(longest, fx.Node) else longest)
                 (size,) = sizes_of(value_of(given))

@@ -11,9 +11,8 @@ as much less of the peak. float32 products take four times as long where the cub
 has not (ATC's cube_fp16in_fp32out). Attention is a program for each head and 128 queries, in fp16, and its head width
 costs what the op's next tiling template does: a preference, no rule.
 
-Norms, activations, launches and what the L2 cache saves are not in it. It was compared with no NPU: it is good for
-ranking shapes, and its milliseconds are a lower bound. After the wave model (`cuda/wave_model.py`); fractals: CANN Ascend
-C guide, cube unit.
+Norms, activations, launches and what the L2 cache saves are not in it. It was compared with no NPU: it is for ranking
+shapes. After the wave model (`cuda/wave_model.py`); fractals: CANN Ascend C guide, cube unit.
 """
 
 from __future__ import annotations
@@ -68,17 +67,11 @@ def fractal_model(
     dtype: str,
 ) -> CostModel:
     """The cost model of a captured model; see `Target.cost` and `price_products`."""
-
-    def price(dense: bool, sizes: Sequence[int]) -> float:
-        *outer, n, k = sizes
-        if dense:
-            return product_ms(math.prod(outer), n, k, chip, dtype)
-        *programs, m = outer or [1]
-        return attention_ms(math.prod(programs), m, k, n, chip)
-
+    product = lambda m, n, k: product_ms(m, n, k, chip, dtype)
+    attention = lambda programs, queries, inner, outer: attention_ms(programs, queries, inner, outer, chip)
     facts = {"chip": chip.soc, "dtype": dtype, "processors": chip.cores}
     note = f"latency: milliseconds are calculated for {chip.soc} in {dtype} by the fractal model, not measured"
-    return price_products(axes, groups, sets, at, legal, price, facts, note)
+    return price_products(axes, groups, sets, at, legal, product, attention, facts, note)
 
 
 def _fractals(n: int) -> int:

@@ -74,16 +74,8 @@ def wave_model(
     Raises:
         ConfigError: there are no groups.
     """
-    price = lambda dense, sizes: _product_or_attention_ms(dense, sizes, chip, dtype)
+    product = lambda m, n, k: product_ms(m, n, k, chip, dtype)
+    attention = lambda programs, queries, inner, outer: attention_ms(programs, queries, inner, outer, chip, dtype)
     facts = {"chip": chip.name, "dtype": dtype, "processors": chip.processors}
     note = f"latency: milliseconds are calculated for {chip.name} in {dtype} by the wave model, not measured"
-    return price_products(axes, groups, sets, at, legal, price, facts, note)
-
-
-def _product_or_attention_ms(dense: bool, sizes: Sequence[int], chip: Chip, dtype: str) -> float:
-    """A product with a weight, or one of attention's two."""
-    *outer, n, k = sizes
-    if dense:
-        return product_ms(math.prod(outer), n, k, chip, dtype)
-    *programs, m = outer or [1]
-    return attention_ms(math.prod(programs), m, k, n, chip, dtype)
+    return price_products(axes, groups, sets, at, legal, product, attention, facts, note)
