@@ -107,7 +107,8 @@ def emit(
         records += run_passes(pruned, [*target.enforce(powers), *passes])
     with progress.stage("fuse"):
         fused = pruned.copy()
-        records += run_passes(fused, [FuseAttention(target.packed)], check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
+        fusions = [FuseAttention(target.packed), *target.fusions]
+        records += run_passes(fused, fusions, check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
     with progress.stage("lower"):
         lowered = fused.copy()
         records += run_passes(lowered, target.lowering)

@@ -15,6 +15,7 @@ from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_runtime.errors import first_line
 from tilecut_runtime.reference import Arrays
 from tilecut_targets.decompose_attention import decomposed_attention
+from tilecut_targets.decompose_norms import decomposed_rotary
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.target import Contenders
 from tilecut_targets.unpack_attention import UnpackAttention
@@ -28,8 +29,11 @@ def contend(lowering: Sequence[Pass], dense: Graph, artifact: Path, threads: int
     """Write the dense forms into `scratch` and open everything; a peer that fails is named with its reason."""
     fused = dense.copy()
     run_passes(fused, [FuseAttention(), *lowering])
-    # The dense model may call the op itself, which torch has no ONNX form for.
-    decompose = {torch.ops.tilecut.attention.default: decomposed_attention}
+    # The dense model may call the ops itself, which torch has no ONNX form for.
+    decompose = {
+        torch.ops.tilecut.attention.default: decomposed_attention,
+        torch.ops.tilecut.rotary.default: decomposed_rotary,
+    }
     write_onnx(fused, scratch / "dense.onnx", ort_ops.ONNX_OPSET, decompose)
     exported = dense.copy()
     run_passes(exported, [UnpackAttention()])
