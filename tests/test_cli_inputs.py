@@ -67,15 +67,15 @@ def test_a_damaged_tokenizer_is_one_error(tmp_path):
 
 
 def test_made_up_inputs_and_sizes_that_do_not_fit():
-    made = made_up_inputs(session(), 2, 5)
+    made = made_up_inputs(session().manifest, 2, 5)
     assert {k: (v.shape, v.dtype.name) for k, v in made.items()} == {
         "x": ((2, 5), "float32"),
         "mask": ((2, 3), "int64"),
     }
     with pytest.raises(InputError, match="--sequence: the model does not allow that size; got 9"):
-        made_up_inputs(session(), 2, 9)
+        made_up_inputs(session().manifest, 2, 9)
     with pytest.raises(InputError, match="input x: too large for this machine"):
-        made_up_inputs(session(), 2**62, 5)
+        made_up_inputs(session().manifest, 2**62, 5)
 
 
 def test_numbers():
