@@ -174,7 +174,7 @@ def bench(console: Console, r: Mapping[str, Any]) -> None:
     """A table for every point of the grid, one of memory and size, and what was not run."""
     for point, rows in grid_points(r["timings"]).items():
         unit = rows[0]["unit"]
-        table = Table(title=f"{title_of(point)} counts", title_justify="left", box=SIMPLE_HEAD)
+        table = Table(title=f"{title_of(point)} counts", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", overflow="fold", min_width=20)
         for name in ("CPU ms", "p95", "wall ms", "p95", f"{unit}/s", "error", "ratio"):
             table.add_column(name, justify="right")
@@ -191,7 +191,7 @@ def bench(console: Console, r: Mapping[str, Any]) -> None:
                 f"{row['times_first']:.3f}" if row["times_first"] is not None else "",
             )
         console.print(table)
-    table = Table("", title="size and memory", title_justify="left", box=SIMPLE_HEAD)
+    table = Table("", title="size and memory", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("files, MB", "peak memory, MB"):
         table.add_column(name, justify="right")
     for one in r["contenders"]:
