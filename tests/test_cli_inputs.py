@@ -16,7 +16,7 @@ def session(path=None):
     """As much of a session as reading inputs looks at."""
     specs = (TensorSpec("x", "float32", ("batch", "sequence")), TensorSpec("mask", "int64", ("batch", 3)))
     dims = {"batch": DimRange(), "sequence": DimRange(1, 8)}
-    return SimpleNamespace(path=path, inputs=specs, manifest=SimpleNamespace(dims=dims))
+    return SimpleNamespace(path=path, inputs=specs, manifest=SimpleNamespace(dims=dims, inputs=specs))
 
 
 @pytest.mark.parametrize("name", ["out.npz", "out", "out.bin"])
@@ -74,6 +74,8 @@ def test_made_up_inputs_and_sizes_that_do_not_fit():
     }
     with pytest.raises(InputError, match="--sequence: the model does not allow that size; got 9"):
         made_up_inputs(session().manifest, 2, 9)
+    with pytest.raises(InputError, match="--threads: too large; got 9; wanted 1 to 8"):
+        numbers("--threads", "1,9", 8)
     with pytest.raises(InputError, match="input x: too large for this machine"):
         made_up_inputs(session().manifest, 2**62, 5)
 
