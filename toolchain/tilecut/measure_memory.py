@@ -34,10 +34,10 @@ def measure_memory(contender: Mapping[str, Any]) -> int:
     Raises:
         MemoryFailure: it failed, or the system does not say.
     """
-    # It imports what this process imports.
+    # It imports what this process imports, and nothing from the folder that it is started in (-P).
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
-        [sys.executable, "-m", "tilecut.measure_memory", json.dumps(contender)],
+        [sys.executable, "-P", "-m", "tilecut.measure_memory", json.dumps(contender)],
         env=environment,
         capture_output=True,
         text=True,
