@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import run_passes
 from tilecut_runtime.errors import first_line
 from tilecut_runtime.torch_program import save_program, tensors_of
-from tilecut_targets.decompose_attention import decomposed_attention
+from tilecut_targets.decompositions import DECOMPOSITIONS
 from tilecut_targets.export_program import export_program
 from tilecut_targets.open_peers import (
     EXECUTORCH_FILE,
@@ -101,8 +100,8 @@ def write_export(graph: Graph, folder: Path) -> None:
         return
     exported = graph.copy()
     run_passes(exported, [UnpackAttention()])
-    # The model may call the op itself, which torch has no ONNX form for.
-    write_onnx(exported, folder / EXPORT_FILE, ONNX_OPSET, {torch.ops.tilecut.attention.default: decomposed_attention})
+    # The model may call our ops itself, which torch has no ONNX form for.
+    write_onnx(exported, folder / EXPORT_FILE, ONNX_OPSET, DECOMPOSITIONS)
 
 
 def write_ort(graph: Graph, folder: Path) -> None:
@@ -163,7 +162,7 @@ def write_executorch(graph: Graph, folder: Path) -> None:
     run_passes(unpacked, [UnpackAttention()])
     program = export_program(unpacked, positional=True)
     with _quiet():
-        program = program.run_decompositions({torch.ops.tilecut.attention.default: decomposed_attention})
+        program = program.run_decompositions(dict(DECOMPOSITIONS))
         made = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
     (folder / EXECUTORCH_NAMES).write_text(json.dumps([graph.inputs, graph.outputs]), encoding="utf-8")
     (folder / EXECUTORCH_FILE).write_bytes(made.buffer)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_runtime.reference import Arrays
 from tilecut_targets import open_peers, peers
-from tilecut_targets.decompose_attention import decomposed_attention
-from tilecut_targets.decompose_norms import decomposed_rotary
+from tilecut_targets.decompositions import DECOMPOSITIONS
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.target import Contenders
 from tilecut_targets.write_onnx import write_onnx
@@ -28,11 +25,7 @@ def contend(lowering: Sequence[Pass], dense: Graph, artifact: Path, threads: int
     fused = dense.copy()
     run_passes(fused, [FuseAttention(), *lowering])
     # The dense model may call the ops itself, which torch has no ONNX form for.
-    decompose = {
-        torch.ops.tilecut.attention.default: decomposed_attention,
-        torch.ops.tilecut.rotary.default: decomposed_rotary,
-    }
-    write_onnx(fused, scratch / "dense.onnx", ort_ops.ONNX_OPSET, decompose)
+    write_onnx(fused, scratch / "dense.onnx", ort_ops.ONNX_OPSET, DECOMPOSITIONS)
     runners: dict[str, Callable[[Arrays], object]] = {
         PRUNED: plain_session(artifact, threads),
         DENSE: plain_session(scratch / "dense.onnx", threads),
