@@ -37,8 +37,8 @@ from language_models import (
     windows,
 )
 from tilecut import PruneConfig, compile_pruned
+from tilecut.describe_machine import machine
 from tilecut.recovery_config import Recovery
-from tilecut.report import machine
 
 RESULTS = Path(__file__).parent / "results" / "language_models.json"
 METHODS = ("table", "obs", "fisher", "magnitude")

@@ -29,7 +29,7 @@ import transformers
 
 from demo import console, counted, minilm_folder
 from tilecut import Artifact, PruneConfig, compile_pruned
-from tilecut.report import machine
+from tilecut.describe_machine import machine
 from tilecut_runtime.timing import Timing, time_interleaved
 from tilecut_targets.cost_model import CostModel, clock, latency_ms
 from tilecut_targets.edge.contend import plain_session

@@ -21,7 +21,7 @@ import transformers
 from demo import console, counted, minilm_folder, torch_encoder
 from sections import SECTIONS, Judge, read_sections
 from tilecut import Artifact, PruneConfig, compile_pruned, load, show
-from tilecut.report import machine
+from tilecut.describe_machine import machine
 from tilecut_passes.capture import capture
 from tilecut_runtime.timing import Timing, time_interleaved
 from tilecut_targets.edge.contend import OPTIMIZED, PRUNED

@@ -28,11 +28,11 @@ from demo import console, minilm_folder, torch_encoder
 from sections import LENGTH, SECTIONS, Encoder, Judge, embed, read_sections
 from tilecut import PruneConfig
 from tilecut.cut_model import cut_model
+from tilecut.describe_machine import machine
 from tilecut.mix_texts import MIXTURE, general_passages
 from tilecut.prepare import Prepared, prepare
 from tilecut.progress import Progress
 from tilecut.recovery_config import Recovery
-from tilecut.report import machine
 from tilecut_passes.graph import Graph
 from tilecut_targets.find_target import find_target
 

@@ -35,9 +35,9 @@ from demo import console, counted, minilm_folder, torch_encoder
 from sections import LENGTH, SECTIONS, Encoder, Judge
 from tilecut import PruneConfig, compile_pruned
 from tilecut.cut_model import cut_model
+from tilecut.describe_machine import machine
 from tilecut.prepare import prepare
 from tilecut.progress import Progress
-from tilecut.report import machine
 from tilecut_passes.capture import capture
 from tilecut_passes.graph import Graph
 from tilecut_runtime.timing import time_interleaved

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tilecut.report import machine
+from tilecut.describe_machine import machine
 from tilecut_runtime.errors import first_line
 from tilecut_runtime.timing import time_interleaved
 

@@ -218,7 +218,7 @@ def emit(target: Target, pruned: Graph, folder: Path) -> Emitted:
     """Write a graph as an artifact of a target: what the toolchain does after pruning, without report and plan."""
     folder.mkdir(exist_ok=True)
     fused = pruned.copy()
-    run_passes(fused, [FuseAttention()])
+    run_passes(fused, [FuseAttention(), *target.fusions])
     lowered = fused.copy()
     run_passes(lowered, target.lowering)
     written = target.write(fused, lowered, folder)

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from tilecut_runtime.attention import attention_naive
 from tilecut_runtime.errors import ArtifactError, LoweringError
 from tilecut_runtime.npu_attention import ALL_TOKENS
+from tilecut_runtime.rotary import rotary_naive
 from tilecut_targets.ascend.evaluate_air import ATTRIBUTE_DTYPES, evaluate_air
 from tilecut_targets.ascend.read_air import DTYPES, Operator, read_air, write_operators
 
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+R = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(2))
 
 
 def one(kind, given, **attributes):
@@ -30,6 +32,14 @@ def ints(*numbers):
         ("MatMulV2", [X[0], X[1]], {"transpose_x2": True}, X[0] @ X[1].T),
         ("BatchMatMul", [X, X], {"adj_x1": True, "adj_x2": False}, X.transpose(1, 2) @ X),
         ("LayerNormV4", [X, ints(4), X[0, 0], X[0, 1]], {"epsilon": 1e-5}, F.layer_norm(X, [4], X[0, 0], X[0, 1])),
+        ("RotaryMul", [R, R[:1, :, :1], R[1:, :, :1]], {}, rotary_naive(R, R[:1, :, :1], R[1:, :, :1], interleaved=False)),
+        ("RotaryPositionEmbedding", [R, R, R, ""], {}, rotary_naive(R, R, R, interleaved=False)),
+        ("RotaryPositionEmbedding", [R, R, R], {"mode": 1}, rotary_naive(R, R, R, interleaved=True)),
+        ("IndexByTensor", [X, ints(1, 0, 1)], {"indices_mask": [1]}, X[[1, 0, 1]]),
+        ("IndexByTensor", [X, ints(1, 0), ints(2, 3)], {"indices_mask": [1, 0, 1]}, X[[1, 0], :, [2, 3]]),
+        ("GatherElements", [X, X.argsort(1)], {"dim": 1}, X.sort(1).values),
+        ("ClipByValueV2", [X, torch.tensor(-0.5), torch.tensor(0.5)], {}, X.clamp(-0.5, 0.5)),
+        ("Tile", [X, ints(2, 1, 3)], {}, X.repeat(2, 1, 3)),
         ("RmsNorm", [X, X[0, 0]], {"epsilon": 1e-6}, F.rms_norm(X, [4], X[0, 0], 1e-6)),
         ("SoftmaxV2", [X], {"axes": [-1]}, X.softmax(-1)),
         ("GeluV2", [X], {}, F.gelu(X)),

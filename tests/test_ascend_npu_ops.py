@@ -14,6 +14,7 @@ from tilecut_passes.run_passes import largest_error
 from tilecut_runtime.attention import attention, attention_naive
 from tilecut_targets.ascend import npu_ops
 from tilecut_targets.ascend.legality import ALL_TOKENS
+from tilecut_targets.ascend.make_twin import make_twin
 
 HALF = TensorProto.FLOAT16
 # Outputs are fp16: an error of one unit in its last place, at magnitudes up to 4.
@@ -33,7 +34,7 @@ def model(heads, kv_heads, mode=None, scale=0.3, kind=HALF, before=ALL_TOKENS, a
     out = helper.make_tensor_value_info("out", kind, ["b", "n", "squery", "d"])
     graph = helper.make_graph([node], "one", values + drop * (mode is not None), [out])
     opsets = [helper.make_opsetid("", npu_ops.ONNX_OPSET), helper.make_opsetid(npu_ops.DOMAIN, 1)]
-    made = npu_ops.make_twin(helper.make_model(graph, opset_imports=opsets, ir_version=9))
+    made = make_twin(helper.make_model(graph, opset_imports=opsets, ir_version=9))
     onnx.checker.check_model(made)
     return made
 
@@ -71,7 +72,7 @@ def test_keys_beyond_the_lengths_are_dropped(sq, sk, mode, causal):
     node.input.extend([""] * (6 - len(node.input)) + ["lengths"])
     made.graph.input.append(helper.make_tensor_value_info("lengths", TensorProto.INT64, ["b"]))
     made.functions.clear()
-    made = npu_ops.make_twin(made)
+    made = make_twin(made)
     assert made.functions[0].overload.endswith("_lengths")
     lengths = torch.tensor([sk, 2])
     drop = None if mode is None else torch.zeros(2, 1, sq, sk, dtype=torch.bool) if mode == 0 else npu_ops.triangle(2048)
@@ -220,7 +221,7 @@ def test_what_torch_writes_is_the_ops_node_in_half_precision(tmp_path):
             "pre_tokens": ALL_TOKENS, "next_tokens": after, "sparse_mode": mode, "inner_precise": 0,
         }  # fmt: skip
         assert npu_ops.illegal(node, "a2") is None
-    twin = npu_ops.make_twin(made)
+    twin = make_twin(made)
     assert [f.overload for f in twin.functions] == ["sparse_mode_0", "sparse_mode_2", "unmasked"]
     assert not made.functions
     onnx.save(twin, str(tmp_path / "m.onnx"))

@@ -31,7 +31,9 @@ def test_it_calls_the_op_once_a_layer_and_asserts_no_device(written):
     folder, facts = written
     program = read_program(folder / NPU_PROGRAM, folder / WEIGHTS)
     called = [n.target for n in program.graph.nodes if n.op == "call_function"]
-    assert called.count(OP) == 2 and facts == {"npu_attention": 2, "npu_refusals": []}
+    assert called.count(OP) == 2 and facts == {
+        "npu_attention": 2, "npu_norms": 0, "npu_rotary": 0, "npu_refusals": [],
+    }  # fmt: skip
     assert torch.ops.aten.transpose.int not in called
     assert torch.ops.aten._assert_tensor_metadata.default not in called
     node = next(n for n in program.graph.nodes if n.target is OP)

@@ -12,6 +12,8 @@ from torch import nn
 from checks import TinyEncoder, emit, encoder_graph, mlp_graph, randomise, run_onnx
 from tilecut.make_cases import make_case, make_inputs
 from tilecut_passes.capture import capture
+from tilecut_passes.fuse_rms_norm import FuseRmsNorm
+from tilecut_passes.fuse_rotary import FuseRotary
 from tilecut_passes.run_passes import largest_error
 from tilecut_runtime.errors import ArtifactError, ConfigError, LoweringError
 from tilecut_runtime.session import load
@@ -19,6 +21,8 @@ from tilecut_targets.ascend import npu_ops
 from tilecut_targets.ascend.build_script import SCRIPT, write_build_script
 from tilecut_targets.ascend.chips import CHIPS
 from tilecut_targets.ascend.lower_attention import LowerAttention
+from tilecut_targets.ascend.lower_rms_norm import LowerRmsNorm
+from tilecut_targets.ascend.lower_rotary import LowerRotary
 from tilecut_targets.ascend.target import ATC_MODEL, VERIFY_MODEL, WEIGHTS, AscendTarget
 from tilecut_targets.compute_in import ComputeIn
 from tilecut_targets.fold_casts import FoldCasts
@@ -152,7 +156,7 @@ def test_without_its_function_the_twin_does_not_run(emitted):
 def test_a_right_twin_passes_and_what_needs_cann_is_said_to_be_not_run(emitted):
     table, checker, equal, air, kernels, built, npu = AscendTarget().verify(emitted.folder, emitted.manifest, emitted.cases)
     assert (table.name, table.status, table.figure) == ("legality table", "passed", 0)
-    assert "2 fused attentions against the table for Ascend910B3" in table.detail
+    assert "2 fused attentions, 0 norms and 0 rotary embeddings against the table for Ascend910B3" in table.detail
     assert (checker.status, equal.name, equal.status) == ("passed", "verify twin equals pruned model", "passed")
     assert equal.limit == 2e-3
     # Not zero: half precision went through.
@@ -187,9 +191,11 @@ def test_a_chip_is_named_in_the_script(emitted, chip, tmp_path):
 
 
 def test_lowering_is_one_visible_tuple():
-    assert AscendTarget().lowering == (UnpackAttention(), LowerAttention("a2"))
+    fused = lambda family: (LowerRmsNorm(family), LowerRotary(family), LowerAttention(family))
+    assert AscendTarget().fusions == (FuseRmsNorm(), FuseRotary())
+    assert AscendTarget().lowering == (UnpackAttention(), *fused("a2"))
     half = AscendTarget("Ascend310P3,fp16").lowering
-    assert half == (UnpackAttention(), ComputeIn(torch.float16), FoldCasts(), LowerAttention("p310"))
+    assert half == (UnpackAttention(), ComputeIn(torch.float16), FoldCasts(), *fused("p310"))
 
 
 @pytest.mark.parametrize(

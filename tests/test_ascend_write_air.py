@@ -6,7 +6,9 @@ import types
 import pytest
 import transformers as hf
 
+from attention_models import packed_llama
 from checks import groups_of, minilm, randomise, tiny_bert
+from norm_models import gptj
 from test_ascend_lower_attention import captured
 from test_ascend_lower_infer_attention import SPELLINGS, padded
 from tilecut.make_cases import make_case, make_cases, make_inputs
@@ -19,6 +21,7 @@ from tilecut_runtime.errors import LoweringError
 from tilecut_targets.ascend import environments, write_air
 from tilecut_targets.ascend.chips import CHIPS
 from tilecut_targets.ascend.read_air import read_air
+from tilecut_targets.ascend.target import AscendTarget
 
 LIMIT = 2e-3
 B3 = CHIPS["Ascend910B3"]
@@ -38,10 +41,10 @@ def gpt2():
     return randomise(hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **TINY)))
 
 
-def llama():
+def llama(width=16):
     """8 query heads on 4 KV heads; half of the KV groups stay."""
     config = hf.LlamaConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=16,
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=width,
         intermediate_size=96, max_position_embeddings=64, **TINY,
     )  # fmt: skip
     return randomise(hf.LlamaForCausalLM(config))
@@ -57,7 +60,7 @@ def left_padded(graph):
 def emitted(graph, folder, chip=B3):
     """What write_air says, and the manifest's part that check_air reads."""
     fused = graph.copy()
-    run_passes(fused, [FuseAttention()])
+    run_passes(fused, [FuseAttention(), *AscendTarget(chip.soc).fusions])
     facts = write_air.write_air(fused, chip, folder)
     return facts, types.SimpleNamespace(outputs=graph.output_specs(), tolerance=LIMIT)
 
@@ -92,6 +95,38 @@ def test_a_model_pruned_by_half_has_one_fused_attention_a_layer_and_the_pruned_m
     assert numbers.status == "passed" and numbers.figure is not None and 0 < numbers.figure <= LIMIT
     wrong = [make_case(make_inputs(graph, 2, 9, seed=1), graph.run(make_inputs(graph, 2, 9, seed=2)))]
     assert write_air.check_air(tmp_path, manifest, wrong)[1].status == "failed"
+
+
+@pytest.mark.toolchain("ascend-air")
+@pytest.mark.parametrize(
+    ("model", "chip", "norms", "rotary", "operator"),
+    [
+        (lambda: llama(64), "Ascend910B3", 5, 4, "RotaryMul"),
+        (llama, "Ascend950PR_9599", 5, 4, "RotaryPositionEmbedding"),
+        # Interleaved pairs.
+        (gptj, "Ascend950PR_9599", 0, 4, "RotaryPositionEmbedding"),
+    ],
+    ids=["llama-a2", "llama-950", "gptj-950"],
+)
+def test_norms_and_rotary_embeddings_are_operators_of_their_own(model, chip, norms, rotary, operator, tmp_path):
+    graph = halved(model())
+    facts, manifest = emitted(graph, tmp_path, CHIPS[chip])
+    assert (facts["air_norms"], facts["air_rotary"], facts["air_refusals"]) == (norms, rotary, [])
+    types = [op.type for op in read_air(tmp_path / write_air.AIR)]
+    assert (types.count("RmsNorm"), types.count(operator)) == (norms, rotary)
+    assert not {"Rsqrt", "Neg"} & set(types)
+    schemas, numbers = write_air.check_air(tmp_path, manifest, make_cases(graph, sizes=((1, 1), (2, 13))))
+    assert schemas.status == "passed" and f"{rotary} of npu_rotary_mul" in schemas.detail
+    assert numbers.status == "passed" and numbers.figure is not None and 0 < numbers.figure <= LIMIT
+
+
+@pytest.mark.toolchain("ascend-air")
+def test_packed_texts_are_evaluated_too(tmp_path):
+    graph = capture(*packed_llama())
+    _, manifest = emitted(graph, tmp_path)
+    assert "IndexByTensor" in {op.type for op in read_air(tmp_path / write_air.AIR)}
+    schemas, numbers = write_air.check_air(tmp_path, manifest, make_cases(graph, sizes=((1, 1), (2, 13))))
+    assert schemas.status == numbers.status == "passed"
 
 
 @pytest.mark.toolchain("ascend-air")

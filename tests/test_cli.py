@@ -175,14 +175,14 @@ def test_verify_and_its_exit_codes(compiled, tmp_path, main):
 
 def test_bench_times_several_side_by_side(compiled, main):
     output, _ = compiled
-    code, out, _ = main("bench", output, output, "--batch", "1,2", "--sequence", "8", "--rounds", "2", "--json")
+    code, out, _ = main("bench", output, output, "--batch", "1,2", "--sequence", "8", "--rounds", "2", "--no-memory", "--json")
     rows = json.loads(out)["timings"]
     assert code == 0 and [(r["batch"], r["sequence"], r["rounds"]) for r in rows] == [(1, 8, 2)] * 2 + [(2, 8, 2)] * 2
-    assert [r["artifact"] for r in rows[:2]] == [f"{output} #1", f"{output} #2"]
+    assert [r["contender"] for r in rows[:2]] == [f"{output} #1", f"{output} #2"]
     assert all(r["cpu_ms"] > 0 for r in rows)
     code, out, _ = main("bench", output, "--rounds", "1", "--json")
-    assert code == 0 and [r["artifact"] for r in json.loads(out)["timings"]] == [str(output)]
-    code, out, _ = main("bench", output, "--rounds", "1")
+    assert code == 0 and [r["contender"] for r in json.loads(out)["timings"]] == [str(output)]
+    code, out, _ = main("bench", output, "--rounds", "1", "--no-memory")
     assert code == 0 and "CPU ms" in out
 
 
@@ -260,7 +260,6 @@ def test_wrong_usage_is_exit_code_2(main):
     assert main("fly")[0] == 2
     assert main("bench", "x", "--rounds", "0")[0] == 2
     for threads in ("0", "-1", "1025"):
-        assert main("bench", "x", "--threads", threads)[0] == 2
         assert main("run", "x", "--threads", threads)[0] == 2
 
 

@@ -16,7 +16,7 @@ def session(path=None):
     """As much of a session as reading inputs looks at."""
     specs = (TensorSpec("x", "float32", ("batch", "sequence")), TensorSpec("mask", "int64", ("batch", 3)))
     dims = {"batch": DimRange(), "sequence": DimRange(1, 8)}
-    return SimpleNamespace(path=path, inputs=specs, manifest=SimpleNamespace(dims=dims))
+    return SimpleNamespace(path=path, inputs=specs, manifest=SimpleNamespace(dims=dims, inputs=specs))
 
 
 @pytest.mark.parametrize("name", ["out.npz", "out", "out.bin"])
@@ -67,15 +67,17 @@ def test_a_damaged_tokenizer_is_one_error(tmp_path):
 
 
 def test_made_up_inputs_and_sizes_that_do_not_fit():
-    made = made_up_inputs(session(), 2, 5)
+    made = made_up_inputs(session().manifest, 2, 5)
     assert {k: (v.shape, v.dtype.name) for k, v in made.items()} == {
         "x": ((2, 5), "float32"),
         "mask": ((2, 3), "int64"),
     }
     with pytest.raises(InputError, match="--sequence: the model does not allow that size; got 9"):
-        made_up_inputs(session(), 2, 9)
+        made_up_inputs(session().manifest, 2, 9)
+    with pytest.raises(InputError, match="--threads: too large; got 9; wanted 1 to 8"):
+        numbers("--threads", "1,9", 8)
     with pytest.raises(InputError, match="input x: too large for this machine"):
-        made_up_inputs(session(), 2**62, 5)
+        made_up_inputs(session().manifest, 2**62, 5)
 
 
 def test_numbers():

@@ -136,6 +136,6 @@ def test_a_model_survives_its_file():
 
 
 def test_a_latency_is_cpu_time_on_one_thread_and_wall_time_on_more():
-    timing = Timing(cpu_ms=3.0, wall_ms=2.0, p95_ms=9.0, rounds=1)
+    timing = Timing(cpu_ms=3.0, wall_ms=2.0, p95_ms=9.0, cpu_p95_ms=9.0, rounds=1)
     assert (clock(1), latency_ms(timing, 1)) == ("cpu", 3.0)
     assert (clock(2), latency_ms(timing, 2)) == ("wall", 2.0)

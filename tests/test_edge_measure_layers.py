@@ -270,7 +270,7 @@ def test_a_layer_is_emitted_as_it_is_in_the_whole_model(tmp_path):
 def test_threads_rest_while_other_sessions_are_timed(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "tilecut_targets.edge.contend.ort.InferenceSession", lambda path, options, **_: seen.append(options)
+        "onnxruntime.InferenceSession", lambda path, options, **_: seen.append(options)
     )
     timing.plain_session(Path("model.onnx"), 3)
     (options,) = seen

@@ -175,8 +175,13 @@ def _open_onnxruntime(folder: Path, manifest: Manifest, device: str | None, thre
     return Session(folder, manifest, onnx_runner(folder, manifest, "model", threads), "cpu")
 
 
-def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | None) -> Runner:
-    """A runner over onnxruntime's CPU provider for one of the artifact's ONNX files."""
+def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | None, rest: bool = False) -> Runner:
+    """A runner over onnxruntime's CPU provider for one of the artifact's ONNX files.
+
+    Args:
+        rest: its threads rest between runs. By default they go on spinning for a while, ready for the next run, on cores
+            that something else may be timed on.
+    """
     import onnxruntime as ort
 
     name = manifest.file_of(folder, entry)
@@ -190,6 +195,8 @@ def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | Non
     options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
+    if rest:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = ort.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
     # onnxruntime's own exception classes share no public base but Exception.

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one contender: medians of CPU and wall time, and the 95th percentile of wall time."""
+    """Milliseconds of one contender: medians of CPU and wall time, and the 95th percentiles of wall and CPU time."""
 
     cpu_ms: float
     wall_ms: float
     p95_ms: float
+    cpu_p95_ms: float
     rounds: int
+
+
+def clock(threads: int) -> str:
+    """Which time a latency is: CPU time on one thread, which other work on the machine disturbs least; else wall time."""
+    return "cpu" if threads == 1 else "wall"
+
+
+def latency_ms(timing: Timing, threads: int) -> float:
+    """A timing as a latency."""
+    return timing.cpu_ms if clock(threads) == "cpu" else timing.wall_ms
 
 
 def time_interleaved(
@@ -43,12 +54,16 @@ def time_interleaved(
             progress(i + 1, warmup + rounds)
 
     def one(name: str) -> Timing:
-        ordered = sorted(wall[name])
         return Timing(
             statistics.median(cpu[name]),
             statistics.median(wall[name]),
-            ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+            _percentile_95(wall[name]),
+            _percentile_95(cpu[name]),
             rounds,
         )
 
     return {name: one(name) for name in contenders}
+
+
+def _percentile_95(times: Sequence[float]) -> float:
+    return sorted(times)[min(len(times) - 1, int(0.95 * len(times)))]

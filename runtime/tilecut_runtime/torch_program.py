@@ -26,6 +26,7 @@ from torch.export.passes import move_to_device_pass
 import tilecut_runtime.attention
 import tilecut_runtime.attention_varlen
 import tilecut_runtime.grouped_matmul
+import tilecut_runtime.rotary
 from tilecut_runtime.errors import ArtifactError, first_line
 from tilecut_runtime.manifest import Manifest
 

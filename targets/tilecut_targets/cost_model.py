@@ -18,7 +18,10 @@ from scipy.interpolate import RegularGridInterpolator
 from scipy.optimize import isotonic_regression, nnls
 
 from tilecut_runtime.errors import ConfigError
-from tilecut_runtime.timing import Timing
+from tilecut_runtime.timing import clock, latency_ms
+
+# Which time counts belongs to every cost model, and is defined where time is measured.
+__all__ = ["CALCULATED", "Check", "CostModel", "LayerTable", "clock", "fit", "latency_ms", "make_monotone"]
 
 # The validation error above which the model says that it is not to be trusted.
 TRUSTED = 0.10
@@ -193,16 +196,6 @@ def fit(
         f"{odd.predicted:.3g} ms, measured {odd.measured:.3g} ms); measure on a quiet machine"
     )
     return CostModel("ms", rest, factor, tuple(layers), tuple(checks), facts, (note,))
-
-
-def clock(threads: int) -> str:
-    """Which time a latency is: CPU time on one thread, which other work on the machine disturbs least; else wall time."""
-    return "cpu" if threads == 1 else "wall"
-
-
-def latency_ms(timing: Timing, threads: int) -> float:
-    """A timing as a latency."""
-    return timing.cpu_ms if clock(threads) == "cpu" else timing.wall_ms
 
 
 def make_monotone(values: np.ndarray) -> np.ndarray:

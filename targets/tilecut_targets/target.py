@@ -65,6 +65,11 @@ class Target(ABC):
         """Whether the lowered graph computes in 16 bits, so that its numbers are to be checked on real data."""
         return False
 
+    @property
+    def fusions(self) -> tuple[Pass, ...]:
+        """Passes that run after attention is fused, for what else the target has ops for."""
+        return ()
+
     def lattice(self, block: int | None = None, power_of_two_heads: bool | None = None) -> Lattice:
         """The sizes that search may choose; the caller's block is combined with the target's by least common multiple."""
         both = math.lcm(self.block, block or 1)

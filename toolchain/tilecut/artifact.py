@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tilecut_passes.graph import Graph
 from tilecut_passes.plan import PrunePlan
 from tilecut_runtime.errors import ArtifactError, PlanError
 from tilecut_runtime.manifest import Manifest, Rung, read_json
@@ -59,6 +60,13 @@ class Artifact:
         return rungs + find_target(self.manifest.target).verify(
             self.path, self.manifest, read_cases(self.path, self.manifest)
         )
+
+    def graph(self) -> Graph:
+        """The pruned model as the compiler's graph, before fusion: what passes and exporters take."""
+        from tilecut_passes.read_graph import read_graph
+
+        self.manifest.check_files(self.path, [MODULE, WEIGHTS])
+        return read_graph(self.path / MODULE, self.path / WEIGHTS, self.manifest)
 
     def module(self) -> Any:
         """The pruned model as a trainable `nn.Module` with weights of its own.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -21,9 +21,10 @@ from tilecut.cli_config import BUDGET, make_config, takes_config
 from tilecut_runtime.errors import ArtifactError, TilecutError, VerificationError
 from tilecut_runtime.manifest import Manifest, Rung, read_json
 from tilecut_runtime.session import MAX_THREADS, load
-from tilecut_runtime.timing import time_interleaved
 
 FAILED, UNVERIFIED = 1, 3
+# No peers.
+NONE = "none"
 
 app = typer.Typer(
     add_completion=False,
@@ -217,40 +218,51 @@ def _verify(folder: Path, device: str | None) -> list[Rung]:
 def bench(
     folders: Annotated[list[Path], typer.Argument(help="one artifact, or several to time side by side")],
     batch: Annotated[str, typer.Option(help="batch sizes, comma-separated")] = "1",
-    sequence: Annotated[str, typer.Option(help="lengths, comma-separated")] = "128",
-    threads: Threads = 1,
+    sequence: Annotated[str, typer.Option("--sequence", "--seq", help="lengths, comma-separated")] = "128",
+    threads: Annotated[str, typer.Option(help="CPU threads of one run, comma-separated")] = "1",
     rounds: Annotated[int, typer.Option(min=1, help="counted rounds")] = 30,
+    dense: Annotated[Path | None, typer.Option(help="folder of the dense Hugging Face model, to time beside")] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(help="all, none, or of eager,compile,export,ort,onnxscript,openvino,executorch; with --dense: all"),
+    ] = None,
+    memory: Annotated[bool, typer.Option(help="measure memory, each contender in a process of its own")] = True,
+    output: Annotated[Path | None, typer.Option(help="a folder for bench.json and bench.png")] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure latency: interleaved medians of CPU and wall time."""
-    # An artifact that is named twice has two rows.
-    names = [
-        f"{folder} #{folders[: i + 1].count(folder)}" if folders.count(folder) > 1 else str(folder)
-        for i, folder in enumerate(folders)
-    ]
-    sessions = {name: load(folder, device, threads) for name, folder in zip(names, folders)}
-    rows = []
-    for b in cli_inputs.numbers("--batch", batch):
-        for s in cli_inputs.numbers("--sequence", sequence):
-            contenders: dict[str, Callable[[], object]] = {}
-            for name, session in sessions.items():
-                inputs = cli_inputs.made_up_inputs(session, b, s)
-                contenders[name] = lambda session=session, inputs=inputs: session.run(inputs)
-            for name, timing in time_interleaved(contenders, rounds).items():
-                rows.append(
-                    {
-                        "artifact": name,
-                        "batch": b,
-                        "sequence": s,
-                        "threads": threads,
-                        **{k: round(v, 3) for k, v in asdict(timing).items()},
-                    }
-                )
+    """Measure latency, memory and size: interleaved medians, beside the dense model and other runtimes."""
+    from tilecut.bench_artifacts import ALL, bench_artifacts
+
+    if output is not None:
+        from tilecut.draw_front import check_matplotlib
+
+        check_matplotlib("bench")
+        cli_inputs.make_folder("--output", output)
+    chosen = peers or (ALL if dense is not None else NONE)
+    with show.compile_progress(err, quiet=as_json) as progress:
+        made = bench_artifacts(
+            folders,
+            batch=cli_inputs.numbers("--batch", batch),
+            sequence=cli_inputs.numbers("--sequence", sequence),
+            threads=cli_inputs.numbers("--threads", threads, MAX_THREADS),
+            rounds=rounds,
+            device=device,
+            dense=dense,
+            peers=() if chosen == NONE else cli_inputs.names(chosen),
+            memory=memory,
+            progress=progress,
+        )
+    made = {**made, "command": shlex.join(["tilecut", *sys.argv[1:]])}
+    if output is not None:
+        from tilecut.draw_bench import draw_bench
+
+        (output / "bench.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        (output / "bench.png").write_bytes(draw_bench(made))
     if as_json:
-        print(json.dumps({"timings": rows}))
+        print(json.dumps(made))
     else:
-        show.timings(out, rows)
+        show.bench(out, made)
 
 
 @app.command()

@@ -8,18 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from tilecut_runtime.errors import ArtifactError, InputError
-from tilecut_runtime.manifest import DimRange
+from tilecut_runtime.manifest import DimRange, Manifest
 from tilecut_runtime.session import Session
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """A comma-separated list of positive integers."""
+def numbers(option: str, text: str, most: int | None = None) -> list[int]:
+    """A comma-separated list of positive integers, none above `most`."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError as e:
         raise InputError(option, "not a comma-separated list of integers", got=repr(text), wanted="e.g. 1,8") from e
     if not found or min(found) < 1:
         raise InputError(option, "sizes must be positive", got=repr(text))
+    if most is not None and max(found) > most:
+        raise InputError(option, "too large", got=max(found), wanted=f"1 to {most}")
     return found
 
 
@@ -47,7 +49,7 @@ def named_numbers(option: str, texts: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def made_up_inputs(session: Session, batch: int, sequence: int) -> dict[str, np.ndarray]:
+def made_up_inputs(manifest: Manifest, batch: int, sequence: int) -> dict[str, np.ndarray]:
     """Inputs of the given sizes: masks of ones, ids of 1, random floats.
 
     Raises:
@@ -55,9 +57,9 @@ def made_up_inputs(session: Session, batch: int, sequence: int) -> dict[str, np.
     """
     generator = np.random.default_rng(0)
     out = {}
-    for spec in session.inputs:
+    for spec in manifest.inputs:
         shape = [
-            d if isinstance(d, int) else _checked(session, d, batch if d == "batch" else sequence) for d in spec.shape
+            d if isinstance(d, int) else check_size(manifest, d, batch if d == "batch" else sequence) for d in spec.shape
         ]
         # ValueError: more elements than an array can have.
         try:
@@ -71,8 +73,13 @@ def made_up_inputs(session: Session, batch: int, sequence: int) -> dict[str, np.
     return out
 
 
-def _checked(session: Session, name: str, size: int) -> int:
-    limits = session.manifest.dims.get(name, DimRange())
+def check_size(manifest: Manifest, name: str, size: int) -> int:
+    """The size, which a dynamic dimension is to have.
+
+    Raises:
+        InputError: the model does not allow it.
+    """
+    limits = manifest.dims.get(name, DimRange())
     if size < limits.min or (limits.max is not None and size > limits.max):
         raise InputError(
             f"--{name}", "the model does not allow that size", got=size, wanted=f"{limits.min} to {limits.max or 'any'}"
@@ -130,3 +137,15 @@ def write_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
             np.savez(file, **outputs)  # type: ignore[arg-type]
     except (OSError, ValueError) as e:
         raise InputError(str(path), f"cannot be written ({getattr(e, 'strerror', None) or e})") from e
+
+
+def make_folder(option: str, path: Path) -> None:
+    """Make a folder to write to, where there is none.
+
+    Raises:
+        InputError: there is something else, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(option, f"no folder can be made there ({e.strerror or e})", got=str(path)) from e

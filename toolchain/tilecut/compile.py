@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
-import platform
 import re
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from tilecut.check_lowered import check_lowered
 from tilecut.config import PruneConfig, find_config
 from tilecut.copy_companions import copy_companions
 from tilecut.cut_model import CutModel, cut_model
+from tilecut.describe_machine import tool_versions
 from tilecut.make_cases import make_cases, make_inputs
 from tilecut.measure_fidelity import measure_fidelity
 from tilecut.measure_latency import measure_latency
@@ -107,7 +106,8 @@ def emit(
         records += run_passes(pruned, [*target.enforce(powers), *passes])
     with progress.stage("fuse"):
         fused = pruned.copy()
-        records += run_passes(fused, [FuseAttention(target.packed)], check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
+        fusions = [FuseAttention(target.packed), *target.fusions]
+        records += run_passes(fused, fusions, check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
     with progress.stage("lower"):
         lowered = fused.copy()
         records += run_passes(lowered, target.lowering)
@@ -181,21 +181,6 @@ def default_output(model: Any, target: Target) -> str:
     """<model>-<target>."""
     name = Path(model).resolve().name if isinstance(model, str | Path) else type(model).__name__
     return f"{name}-{re.sub(r'[^A-Za-z0-9]+', '-', str(target))}".lower()
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of what took part."""
-    names = ("tilecut", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy", "scipy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            if name == "tilecut":
-                from tilecut import __version__
-
-                found[name] = __version__
-    return found
 
 
 def _write_module(pruned: Graph, folder: Path) -> None:

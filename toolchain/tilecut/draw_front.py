@@ -13,8 +13,8 @@ LINE, REST, KNEE = "#2f6fb2", "#9aa3af", "#b3261e"
 SIZE, DPI = (8.0, 5.0), 150
 
 
-def check_matplotlib() -> None:
-    """Say what is missing before the long work.
+def check_matplotlib(where: str) -> None:
+    """Say what is missing before the long work; `where` names the command.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -22,7 +22,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as e:
-        raise ConfigError("explore", "matplotlib is not installed", fix="pip install 'tilecut[explore]'") from e
+        raise ConfigError(where, "matplotlib is not installed", fix="pip install 'tilecut[explore]'") from e
 
 
 def draw_front(r: Mapping[str, Any]) -> bytes:

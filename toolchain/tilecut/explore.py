@@ -19,10 +19,11 @@ import numpy as np
 from torch import nn
 
 from tilecut.artifact import Artifact
-from tilecut.compile import default_output, tool_versions
+from tilecut.compile import default_output
 from tilecut.compile import emit as emit_cut
 from tilecut.config import PruneConfig, find_config
 from tilecut.cut_model import cut_model
+from tilecut.describe_machine import machine, tool_versions
 from tilecut.draw_front import check_matplotlib, draw_front
 from tilecut.exploration import FORMAT, FRONT, PAGE, PICTURE, Exploration, check_exploration
 from tilecut.find_front import KNEE_METHOD
@@ -33,7 +34,7 @@ from tilecut.measure_fidelity import measure_fidelity
 from tilecut.measure_latency import ROUNDS, WARMUP
 from tilecut.prepare import Prepared, prepare
 from tilecut.progress import Progress
-from tilecut.report import calibration_facts, machine, render_page, weight_bytes
+from tilecut.report import calibration_facts, render_page, weight_bytes
 from tilecut.write_artifact import artifact_folder, check_output
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.count_macs import MacCounter, count_parameters
@@ -89,7 +90,7 @@ def explore(
         raise ConfigError("explore", "config=None cuts nothing", wanted="a preset or a PruneConfig")
     if quality is not None and quality not in QUALITIES:
         raise ConfigError("explore", "unknown quality", got=repr(quality), wanted=", ".join(QUALITIES))
-    check_matplotlib()
+    check_matplotlib("explore")
     configs = _configs(base, sparsities, latencies_ms)
     path = check_output(f"{default_output(model, chosen)}-explore" if output is None else output, check_exploration)
     progress = progress or Progress()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tilecut.artifact import REPORT, REPORT_PAGE
 from tilecut.config import PruneConfig
 from tilecut.cut_model import CutModel
+from tilecut.describe_machine import machine
 from tilecut.load_calibration import Calibration
 from tilecut.prepare import Prepared
 from tilecut_passes.count_macs import count_parameters
 from tilecut_passes.graph import Graph, Refusal
 from tilecut_passes.run_passes import PassRecord
 from tilecut_runtime.manifest import Manifest, Rung
-from tilecut_runtime.processor import processor_name
 
 
 def build_report(
@@ -129,11 +127,6 @@ def kept_per_layer(groups: Sequence[dict[str, Any]]) -> dict[str, list[dict[str,
 def weight_bytes(graph: Graph) -> int:
     """Bytes of the tensors that the graph reads."""
     return sum(t.numel() * t.element_size() for t in graph.tensors.values())
-
-
-def machine() -> dict[str, Any]:
-    """The processor and how many of it."""
-    return {"cpu": processor_name(), "cores": os.cpu_count(), "architecture": platform.machine(), "system": platform.system()}
 
 
 def human_count(number: float) -> str:

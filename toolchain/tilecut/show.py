@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -20,6 +21,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from tilecut.bench_artifacts import grid_points, title_of
 from tilecut.progress import Progress
 from tilecut_runtime.manifest import Manifest, Rung
 
@@ -168,23 +170,48 @@ def manifest(console: Console, m: Manifest) -> None:
         console.print(f"  file   {entry.bytes:>12,}  {entry.sha256[:12]}  {plain(name)}", highlight=False)
 
 
-def timings(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a measurement; with several artifacts, the ratio to the first."""
-    table = Table("artifact", "batch", "sequence", "threads", "CPU ms", "wall ms", "p95 ms", "times the first")
-    first: dict[tuple[int, int], float] = {}
-    for r in rows:
-        base = first.setdefault((r["batch"], r["sequence"]), r["cpu_ms"])
-        table.add_row(
-            plain(r["artifact"]),
-            str(r["batch"]),
-            str(r["sequence"]),
-            str(r["threads"]),
-            f"{r['cpu_ms']:.2f}",
-            f"{r['wall_ms']:.2f}",
-            f"{r['p95_ms']:.2f}",
-            f"{r['cpu_ms'] / base:.3f}",
-        )
+def bench(console: Console, r: Mapping[str, Any]) -> None:
+    """A table for every point of the grid, one of memory and size, and what was not run."""
+    for point, rows in grid_points(r["timings"]).items():
+        unit = rows[0]["unit"]
+        table = Table(title=f"{title_of(point)} counts", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("", overflow="fold", min_width=20)
+        for name in ("CPU ms", "p95", "wall ms", "p95", f"{unit}/s", "error", "ratio"):
+            table.add_column(name, justify="right")
+        for row in rows:
+            error = "" if row["error"] is None else f"{row['error']:.0e}"
+            if row["status"] == "differs":
+                table.add_row(plain(row["contender"]), "", "", "", "", "", f"[bold red]{error}[/]", "not timed")
+                continue
+            table.add_row(
+                plain(row["contender"]),
+                *(f"{row[name]:.2f}" for name in ("cpu_ms", "cpu_p95_ms", "wall_ms", "p95_ms")),
+                f"{row['per_second']:,.0f}" if row["per_second"] is not None else "",
+                error,
+                f"{row['times_first']:.3f}" if row["times_first"] is not None else "",
+            )
+        console.print(table)
+    table = Table("", title="size and memory", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("files, MB", "peak memory, MB"):
+        table.add_column(name, justify="right")
+    for one in r["contenders"]:
+        peak = one["peak_memory_bytes"]
+        table.add_row(plain(one["name"]), f"{one['bytes'] / 1e6:.1f}", "" if peak is None else f"{peak / 1e6:.0f}")
     console.print(table)
+    for row in r["timings"]:
+        if row["status"] == "differs":
+            limit = next(c["limit"] for c in r["contenders"] if c["name"] == row["contender"])
+            at = title_of((row["batch"], row["sequence"], row["threads"])).partition(":")[0]
+            console.print(
+                f"[bold red]differs:[/] {plain(row['contender'])} is {row['error']:.1e} away from torch eager at {at}, more "
+                f"than {limit:.0e}: it computes something else and was not timed",
+                highlight=False,
+                soft_wrap=True,
+            )
+    for one in r["not_run"]:
+        console.print(f"[yellow]not run:[/] {plain(one['contender'])}: {plain(one['why'])}", highlight=False, soft_wrap=True)
+    for note in r["notes"]:
+        console.print(f"[yellow]note:[/] {plain(note)}", highlight=False, soft_wrap=True)
 
 
 def tiles(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

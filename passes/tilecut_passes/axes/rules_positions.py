@@ -1,4 +1,4 @@
-"""Rules for ops to which the order of indices matters: flips, rolls, sorts, running sums, triangles, diagonals.
+"""Rules for ops to which the order of indices matters: flips, rolls, sorts, running sums, triangles, diagonals, rotary.
 
 The dimensions that they look along are frozen, the others pass through.
 """
@@ -25,7 +25,11 @@ from tilecut_passes.axes.infer import (
 )
 from tilecut_passes.graph import value_of
 
+# Importing it registers tilecut::rotary.
+from tilecut_runtime import rotary as _rotary_op
+
 aten = torch.ops.aten
+assert _rotary_op
 
 # The dimension of an op that has it in its name.
 NAMED_DIMS = {"fliplr": 1, "flipud": 0, "msort": 0}
@@ -46,6 +50,14 @@ def rotate(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     if a["k"] % 2:
         x[i], x[j] = x[j], x[i]
     return x
+
+
+def turn_pairs(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
+    """tilecut::rotary: x, cos and sin are one but for the width, whose elements it pairs."""
+    operands = [axes.operand(node, a[name]) for name in ("x", "cos", "sin")]
+    for one in operands:
+        one[-1].freeze("rotary turns pairs of it")
+    return broadcast(operands, node.name)
 
 
 def triangle(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
@@ -156,6 +168,7 @@ RULES = {
         along,
     ),
     aten.rot90.default: rotate,
+    torch.ops.tilecut.rotary.default: turn_pairs,
     aten.tril.default: triangle,
     aten.triu.default: triangle,
     aten.diff.default: difference,

@@ -2,7 +2,7 @@
 
 `OPERATORS` is a table: type -> function of the operator's inputs (None where one is left out) and its attributes. Products
 of matrices are summed in float32 and rounded to the type of their inputs, as the cube unit has it; the fused attention is
-`infer_attention` of tilecut_runtime.npu_attention.
+`infer_attention` of tilecut_runtime.npu_attention, norms and rotary embeddings are those of npu_norms.
 
 Source of the meanings: CANN operator specification (the operators' REG_OP comments, as torchair repeats them).
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tilecut_runtime.errors import LoweringError
 from tilecut_runtime.npu_attention import infer_attention
+from tilecut_runtime.npu_norms import MODES, rms_norm, rotary_mul
 from tilecut_targets.ascend.read_air import DTYPES, Operator
 
 Attributes = Mapping[str, Any]
@@ -92,10 +93,18 @@ def _layer_norm(x: list, a: Attributes) -> tuple[Tensor, Tensor, Tensor]:
     return out.to(x[0].dtype), mean, rstd
 
 
-def _rms_norm(x: list, a: Attributes) -> tuple[Tensor, Tensor]:
-    wide = x[0].float()
-    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + a["epsilon"])
-    return (wide * rstd * x[1].float()).to(x[0].dtype), rstd
+def _rotary(x: list, a: Attributes) -> Tensor:
+    """RotaryPositionEmbedding(x, cos, sin, rotate): mode 0 pairs halves, 1 neighbours; rotate is not used by tilecut."""
+    if len(x) > 3 and x[3] is not None:
+        raise ValueError("an input besides x, cos and sin")
+    return rotary_mul(x[0], x[1], x[2], MODES[a.get("mode", 0)])
+
+
+def _index(x: list, a: Attributes) -> Tensor:
+    """IndexByTensor(x, indices): `indices_mask` says for every dimension whether it has one."""
+    given = iter(x[1:])
+    places = [next(given).long() if held else slice(None) for held in a["indices_mask"]]
+    return x[0][tuple(places)]
 
 
 def _gather(x: list, a: Attributes) -> Tensor:
@@ -205,7 +214,9 @@ OPERATORS: dict[str, Callable[[list, Attributes], Any]] = {
     # Products and norms.
     **dict.fromkeys(("MatMul", "MatMulV2", "BatchMatMul", "BatchMatMulV2"), _matmul),
     "LayerNormV4": _layer_norm,
-    "RmsNorm": _rms_norm,
+    "RmsNorm": lambda x, a: rms_norm(x[0], x[1], a["epsilon"]),
+    "RotaryMul": lambda x, a: rotary_mul(*x),
+    "RotaryPositionEmbedding": _rotary,
     "SoftmaxV2": _softmax,
     # Arithmetic.
     "Add": _binary(torch.add),
@@ -217,6 +228,7 @@ OPERATORS: dict[str, Callable[[list, Attributes], Any]] = {
     "FloorDiv": _binary(lambda p, q: torch.div(p, q, rounding_mode="floor")),
     "FloorMod": _binary(torch.remainder),
     "Pow": _binary(torch.pow),
+    "ClipByValueV2": lambda x, a: torch.clamp(x[0], x[1], x[2]),
     "Maximum": _binary(torch.maximum),
     "Minimum": _binary(torch.minimum),
     "Neg": _unary(torch.neg),
@@ -261,12 +273,15 @@ OPERATORS: dict[str, Callable[[list, Attributes], Any]] = {
     "Squeeze": _squeeze,
     "BroadcastTo": lambda x, a: x[0].broadcast_to(_numbers(x[1])),
     "Expand": lambda x, a: x[0].expand(_numbers(x[1])),
+    "Tile": lambda x, a: x[0].tile(_numbers(x[1])),
     "ConcatV2": lambda x, a: torch.cat(x[:-1], _numbers(x[-1])[0]),
     "ConcatD": lambda x, a: torch.cat(x, a["concat_dim"]),
     "Pack": _pack,
     "SplitV": _split,
     "Gather": _gather,
     "GatherV2": _gather,
+    "GatherElements": lambda x, a: torch.gather(x[0], a.get("dim", 0), x[1].long()),
+    "IndexByTensor": _index,
     "StridedSliceV2": _slice,
     "Range": _range,
     "Fill": lambda x, a: torch.full(_numbers(x[0]), x[1].item(), dtype=x[1].dtype),

@@ -1,9 +1,7 @@
 """CANN's PromptFlashAttention as ONNX: the node that ATC reads, and functions of the same name that say what it means.
 
-The verify twin is the very file that ATC gets, plus model-local functions `npu::NPUPromptFlashAttention` in standard
-ops, so that onnxruntime executes it. A mask is read differently in every sparse_mode, so there is a function for each,
-told apart by the node's `overload`, which only the twin has. In this op the mask's True means drop, the opposite of
-torch's.
+The functions are for the verify twin (`make_twin.py`). A mask is read differently in every sparse_mode, so there is one for
+each, told apart by the node's `overload`. In this op the mask's True means drop, the opposite of torch's.
 
 Specification: CANN ops-transformer, aclnnPromptFlashAttentionV3 (meaning) and npu_prompt_flash_attention_onnx_plugin.cpp
 (inputs by place, `INPUTS`; attributes; pre_tokens and next_tokens left out are 0).
@@ -12,7 +10,6 @@ Specification: CANN ops-transformer, aclnnPromptFlashAttentionV3 (meaning) and n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -21,12 +18,11 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from tilecut_targets.ascend.legality import ALL_TOKENS, family_row, op_row
+from tilecut_targets.ascend.onnx_function import OnnxFunction
 from tilecut_targets.window_bias import keys_behind, outside_window
 
 DOMAIN, OP = "npu", "NPUPromptFlashAttention"
 ONNX_OPSET = 19
-# An overload is a field of nodes and functions since this version of ONNX's representation.
-TWIN_IR = 10
 # Finite in fp32, and small enough that exp() of it is 0 beside any visible score.
 NEGATIVE = -1e30
 ATTRIBUTES = (
@@ -171,25 +167,12 @@ def illegal(node: onnx.NodeProto, family: str) -> str | None:
     return f"{node.name}: {', '.join(broken)}" if broken else None
 
 
-def make_twin(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model that onnxruntime runs: every fused node names its function, and the functions are in the file."""
-    twin = onnx.ModelProto()
-    twin.CopyFrom(model)
-    found = [node for node in twin.graph.node if is_fused(node)]
-    for node in found:
-        node.overload = overload_of(node)
-    if found:
-        twin.ir_version = max(twin.ir_version, TWIN_IR)
-    twin.functions.extend(reference_function(name) for name in sorted({node.overload for node in found}))
-    return twin
-
-
 def reference_function(overload: str) -> onnx.FunctionProto:
     """What a node means in layout BNSD: softmax(scale q k^T, dropped pairs left out) v, in fp32.
 
     overload: "unmasked", or "sparse_mode_0", 2, 3 or 4; then "_lengths" where keys beyond actual_seq_lengths_kv are dropped.
     """
-    function = _Function()
+    function = OnnxFunction()
     add, constant = function.add, function.constant
     add("Unsqueeze", [function.attribute("num_heads_value", "num_heads"), constant("axis0", [0])], "n")
     add("Unsqueeze", [function.attribute("num_kv_value", "num_key_value_heads"), "axis0"], "kv_given")
@@ -232,30 +215,7 @@ def reference_function(overload: str) -> onnx.FunctionProto:
     return made
 
 
-class _Function:
-    """The nodes of a function, as they are made."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-
-    def add(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """A node; returns the name of its output."""
-        self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
-        return output
-
-    def constant(self, name: str, value: object, dtype: type = np.int64) -> str:
-        """A constant."""
-        return self.add("Constant", [], name, value=onnx.numpy_helper.from_array(np.array(value, dtype)))
-
-    def attribute(self, name: str, of: str, kind: int = onnx.AttributeProto.INT, field: str = "value_int") -> str:
-        """One of the function's attributes, as a tensor."""
-        node = helper.make_node("Constant", [], [name])
-        node.attribute.append(onnx.AttributeProto(name=field, ref_attr_name=of, type=cast(Any, kind)))
-        self.nodes.append(node)
-        return name
-
-
-def _beyond_lengths(function: _Function) -> str:
+def _beyond_lengths(function: OnnxFunction) -> str:
     """The keys at and beyond the lengths: bool [B, 1, 1, Sk]."""
     add, constant = function.add, function.constant
     count = add("Squeeze", ["sk", "axis0"], "key_count")
@@ -264,7 +224,7 @@ def _beyond_lengths(function: _Function) -> str:
     return add("GreaterOrEqual", [places, lengths], "beyond")
 
 
-def _hidden(function: _Function, mode: int) -> str:
+def _hidden(function: OnnxFunction, mode: int) -> str:
     """The pairs that are dropped: bool, broadcast to [B, N, Sq, Sk]."""
     add, constant = function.add, function.constant
     for name in ("sq", "sk"):

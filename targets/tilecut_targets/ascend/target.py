@@ -17,6 +17,8 @@ import torch
 
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
+from tilecut_passes.fuse_rms_norm import FuseRmsNorm
+from tilecut_passes.fuse_rotary import FuseRotary
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
@@ -24,7 +26,7 @@ from tilecut_runtime.errors import ConfigError, LoweringError
 from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.reference import Case
 from tilecut_runtime.session import onnx_runner
-from tilecut_targets.ascend import npu_ops
+from tilecut_targets.ascend import npu_norms, npu_ops
 from tilecut_targets.ascend.build_kernels import FAMILIES, check_kernels, compile_kernels
 from tilecut_targets.ascend.build_script import SCRIPT, write_build_script
 from tilecut_targets.ascend.chips import CHIPS, DEFAULT_SOC, Chip, Wish, read_wish
@@ -32,12 +34,16 @@ from tilecut_targets.ascend.environments import INSTALL, is_installed
 from tilecut_targets.ascend.fractal_model import fractal_model
 from tilecut_targets.ascend.legality import family_row, fuses
 from tilecut_targets.ascend.lower_attention import LowerAttention
+from tilecut_targets.ascend.lower_rms_norm import LowerRmsNorm
+from tilecut_targets.ascend.lower_rotary import LowerRotary
+from tilecut_targets.ascend.make_twin import fused_nodes, illegal, make_twin
 from tilecut_targets.ascend.write_air import AIR as AIR_MODEL
 from tilecut_targets.ascend.write_air import check_air, write_air
 from tilecut_targets.check_onnx import check_onnx
 from tilecut_targets.compute_in import ComputeIn
 from tilecut_targets.cost_model import CostModel
 from tilecut_targets.decompose_attention import decomposed_attention
+from tilecut_targets.decompose_norms import decomposed_rms_norm, decomposed_rotary
 from tilecut_targets.fold_casts import FoldCasts
 from tilecut_targets.target import Target, Written, count_attentions, rung
 from tilecut_targets.unpack_attention import UnpackAttention
@@ -115,11 +121,16 @@ class AscendTarget(Target):
         return TOLERANCE_FUSED if fuses(self.npu.family, "onnx") else TOLERANCE_SINGLE
 
     @property
+    def fusions(self) -> tuple[Pass, ...]:
+        """Norms and rotary embeddings, on every chip: what has no op is written out again."""
+        return (FuseRmsNorm(), FuseRotary())
+
+    @property
     def lowering(self) -> tuple[Pass, ...]:
-        """CANN's fused attention, in the type that was asked for."""
+        """CANN's fused ops, in the type that was asked for."""
         half: tuple[Pass, ...] = (ComputeIn(torch.float16), FoldCasts()) if self.wish.dtype == "float16" else ()
-        required = self._fused_in if self.wish.fused else None
-        return (UnpackAttention(), *half, LowerAttention(self.npu.family, required))
+        family, required = self.npu.family, self._fused_in if self.wish.fused else None
+        return (UnpackAttention(), *half, LowerRmsNorm(family), LowerRotary(family), LowerAttention(family, required))
 
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """The file for ATC, its twin with model-local functions, the weights of both, and what builds them."""
@@ -130,12 +141,14 @@ class AscendTarget(Target):
             npu_ops.ONNX_OPSET,
             {
                 torch.ops.tilecut.attention.default: decomposed_attention,
+                torch.ops.tilecut.rotary.default: decomposed_rotary,
+                torch.ops.aten.rms_norm.default: decomposed_rms_norm,
                 torch.ops.aten.gelu.default: npu_ops.gelu,
             },
             external=Path(WEIGHTS).name,
         )
         model = onnx.load(str(folder / ATC_MODEL), load_external_data=False)
-        onnx.save(npu_ops.make_twin(model), str(folder / VERIFY_MODEL))
+        onnx.save(make_twin(model), str(folder / VERIFY_MODEL))
         write_build_script(folder, self.npu)
         entry = {"model": ATC_MODEL, "verify": VERIFY_MODEL, "weights": WEIGHTS, "build": SCRIPT}
         facts = {
@@ -144,6 +157,8 @@ class AscendTarget(Target):
             "dtype": self.wish.dtype,
             "fused_attention": sum(npu_ops.is_fused(n) for n in model.graph.node),
             "attention": count_attentions(fused),
+            "fused_norms": sum(npu_norms.is_norm(n) for n in model.graph.node),
+            "fused_rotary": sum(npu_norms.is_rotary(n) for n in model.graph.node),
             "onnx_nodes": len(model.graph.node),
             **self._write_private(fused, folder),
         }
@@ -196,7 +211,7 @@ class AscendTarget(Target):
                 "verify twin equals pruned model",
                 error,
                 self.tolerance,
-                "onnxruntime runs the file for ATC with the attention's meaning as local functions",
+                "onnxruntime runs the file for ATC with the fused ops' meaning as local functions",
             ),
             *self._verify_private(folder, manifest, cases),
             Rung("CANN", "not run", f"needs CANN's atc: ./{SCRIPT} --no-run builds the model for {self.soc}"),
@@ -228,8 +243,10 @@ class AscendTarget(Target):
 
     def _check_legality(self, folder: Path) -> Rung:
         """Every fused node of the file for ATC against the chip's row of the table."""
-        nodes = onnx.load(str(folder / ATC_MODEL), load_external_data=False).graph.node
-        found = [node for node in nodes if npu_ops.is_fused(node)]
-        broken = [reason for node in found if (reason := npu_ops.illegal(node, self.npu.family)) is not None]
-        detail = f"{len(found)} fused attentions against the table for {self.soc} ({self.npu.family})"
+        model = onnx.load(str(folder / ATC_MODEL), load_external_data=False)
+        found = fused_nodes(model)
+        broken = [reason for node in found if (reason := illegal(node, self.npu.family)) is not None]
+        counts = [sum(map(kind, found)) for kind in (npu_ops.is_fused, npu_norms.is_norm, npu_norms.is_rotary)]
+        what = "{} fused attentions, {} norms and {} rotary embeddings".format(*counts)
+        detail = f"{what} against the table for {self.soc} ({self.npu.family})"
         return rung("legality table", len(broken), 0, "; ".join([detail, *broken]))

@@ -1,4 +1,4 @@
-"""Write `graph/model.air`, the GE model that ATC takes (`--framework=1`), with the fused attention of A2, A3 and 950.
+"""Write `graph/model.air`, the GE model that ATC takes (`--framework=1`), with the fused ops of A2, A3 and 950.
 
 torchair's own converters make it, in the private environment "ascend-air" (`environments.py`), from the program of
 `npu_program.py`; weights lie inside, batch and sequence stay open (-1) wherever the graph leaves them open. `check_air`
@@ -20,6 +20,7 @@ from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import LoweringError
 from tilecut_runtime.manifest import Manifest, Rung
 from tilecut_runtime.npu_attention import SCHEMA, WHERE
+from tilecut_runtime.npu_norms import SCHEMAS
 from tilecut_runtime.reference import Case
 from tilecut_runtime.torch_program import save_program, tensors_of
 from tilecut_targets.ascend import environments
@@ -32,7 +33,8 @@ from tilecut_targets.target import rung
 
 ENVIRONMENT = "ascend-air"
 AIR = "graph/model.air"
-OPERATOR = "FusedInferAttentionScore"
+OPERATOR, NORM = "FusedInferAttentionScore", "RmsNorm"
+ROTARY = ("RotaryMul", "RotaryPositionEmbedding")
 # A protobuf message ends at 2 GB; torchair keeps 200 MB of them for the graph, and above that would move weights to files
 # at absolute paths.
 WEIGHTS_LIMIT = (2048 - 200) << 20
@@ -80,6 +82,8 @@ def write_air(graph: Graph, chip: Chip, folder: Path) -> dict[str, object]:
     save_program(program, folder / NPU_PROGRAM)
     return {
         "air_attention": answer["operators"].get(OPERATOR, 0),
+        "air_norms": answer["operators"].get(NORM, 0),
+        "air_rotary": sum(answer["operators"].get(name, 0) for name in ROTARY),
         "air_operators": answer["operators"],
         "air_inputs": answer["inputs"],
         "air_refusals": [f"{one.node}: {one.why}" for one in lowered.refusals[len(graph.refusals) :]],
@@ -102,7 +106,7 @@ def _check_schemas(folder: Path) -> Rung:
     name = "torch_npu schemas"
     if not environments.is_installed(ENVIRONMENT):
         return Rung(name, "not run", f"needs the private environment: {environments.INSTALL}")
-    request = {"program": str((folder / NPU_PROGRAM).resolve()), "schemas": {WHERE: SCHEMA}}
+    request = {"program": str((folder / NPU_PROGRAM).resolve()), "schemas": {WHERE: SCHEMA, **SCHEMAS}}
     answer = environments.call(ENVIRONMENT, environments.SCRIPTS / "check_schemas.py", request, TIMEOUT)
     calls = ", ".join(f"{count} of {op}" for op, count in answer["calls"].items()) or "none"
     detail = f"calls ({calls}) bound to the schemas of torch_npu, shapes and types as its meta kernels say"

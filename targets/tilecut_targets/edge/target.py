@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-import torch
 
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
@@ -21,7 +20,7 @@ from tilecut_runtime.reference import Case
 from tilecut_runtime.session import onnx_runner
 from tilecut_targets.check_onnx import check_onnx
 from tilecut_targets.cost_model import CostModel
-from tilecut_targets.decompose_attention import decomposed_attention
+from tilecut_targets.decompositions import DECOMPOSITIONS
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.contend import contend
 from tilecut_targets.edge.lower_attention import LowerAttention
@@ -56,9 +55,7 @@ class EdgeTarget(Target):
 
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """model.onnx at the folder's root."""
-        write_onnx(
-            lowered, folder / MODEL, ort_ops.ONNX_OPSET, {torch.ops.tilecut.attention.default: decomposed_attention}
-        )
+        write_onnx(lowered, folder / MODEL, ort_ops.ONNX_OPSET, DECOMPOSITIONS)
         counts = count_ops(folder / MODEL)
         fused_nodes = sum(counts[op] for op in FUSED_ATTENTION)
         return Written(

@@ -37,6 +37,7 @@ def main() -> None:
         with first.fake_mode:
             made = node.target(*args, **kwargs)
         said = node.meta["val"]
+        made, said = ([one] if isinstance(one, torch.Tensor) else one for one in (made, said))
         for one, other in zip(made, said, strict=True):
             if one.dtype != other.dtype or str(list(one.shape)) != str(list(other.shape)):
                 got, wanted = f"{one.dtype} {list(one.shape)}", f"{other.dtype} {list(other.shape)}"
