@@ -22,7 +22,7 @@ from tilecut_passes.graph import PACKED_ATTENTION, Graph, is_call
 from tilecut_passes.legalize_groups import LegalizeGroups
 from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
-from tilecut_runtime.manifest import Manifest, Rung
+from tilecut_runtime.manifest import DimRange, Manifest, Rung
 from tilecut_runtime.reference import Arrays, Case
 from tilecut_targets.cost_model import CostModel
 
@@ -79,6 +79,14 @@ class Target(ABC):
         """What a group may have after padding, under the target's own lattice and another one."""
         both = (self.lattice(), lattice)
         return sorted({one.emitted(group.kind, n) for one in both for n in one.sizes(group.kind, group.size)})
+
+    def ranges(self, graph: Graph, at: Mapping[str, int]) -> dict[str, DimRange]:
+        """The sizes that an artifact takes: those of the model, or fewer where the runtime fixes or bounds them.
+
+        Args:
+            at: batch and sequence, or sizes by their names, that it is to serve at least.
+        """
+        return dict(graph.ranges)
 
     def enforce(self, power_of_two_heads: bool | None = None) -> tuple[LegalizeGroups, ...]:
         """Passes that bring any graph or plan to shapes that the target takes; they rewrite nothing that search chose."""

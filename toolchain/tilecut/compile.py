@@ -8,6 +8,7 @@ import platform
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def compile_pruned(
 
     Args:
         model: an nn.Module, or the folder of a Hugging Face model. It is not changed.
-        target: "edge", "cuda", "ascend" ("ascend:<chip>" picks one), or a Target.
+        target: "edge" ("edge:<runtime>" picks another than onnxruntime), "cuda", "ascend" ("ascend:<chip>" picks one), or a
+            Target.
         example_inputs: a tensor, a tuple in forward's order or a dict by name; None makes them from a Hugging Face
             model's config.
         calibration: an iterable of batches (dicts, `labels` optional) or of texts, or a .txt, .tsv or .jsonl path; None
@@ -105,9 +107,12 @@ def emit(
     with progress.stage("legalize"):
         powers = config.power_of_two_heads if config else None
         records += run_passes(pruned, [*target.enforce(powers), *passes])
+    # The module keeps the model's own sizes.
+    served = replace(pruned, ranges=target.ranges(pruned, plan.at))
     with progress.stage("fuse"):
         fused = pruned.copy()
         records += run_passes(fused, [FuseAttention(target.packed)], check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
+        fused.ranges = served.ranges
     with progress.stage("lower"):
         lowered = fused.copy()
         records += run_passes(lowered, target.lowering)
@@ -118,16 +123,16 @@ def emit(
             _write_module(pruned, folder)
             plan.write(folder / PLAN)
             copy_companions(made.model, folder)
-            cases = make_cases(pruned, seed=config.seed if config else 0)
+            cases = make_cases(served, seed=config.seed if config else 0)
             write_cases(cases, folder)
             manifest = Manifest(
                 str(target),
                 target.runtime,
                 made.name,
                 written.entry,
-                pruned.input_specs(),
-                pruned.output_specs(),
-                pruned.ranges,
+                served.input_specs(),
+                served.output_specs(),
+                served.ranges,
                 pruned.returns,
                 target.tolerance,
                 tool_versions(),
@@ -185,7 +190,10 @@ def default_output(model: Any, target: Target) -> str:
 
 def tool_versions() -> dict[str, str]:
     """Versions of what took part."""
-    names = ("tilecut", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy", "scipy")
+    names = (
+        *("tilecut", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino", "executorch"),
+        *("numpy", "scipy"),
+    )
     found = {"python": platform.python_version()}
     for name in names:
         try:

@@ -24,6 +24,7 @@ from tilecut_targets.cost_model import CostModel
 from tilecut_targets.decompose_attention import decomposed_attention
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.contend import contend
+from tilecut_targets.edge.describe_emission import describe_emission
 from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_residual import LowerResidual
@@ -34,6 +35,13 @@ from tilecut_targets.write_onnx import write_onnx
 
 MODEL = "model.onnx"
 FUSED_ATTENTION = ("Attention", "MultiHeadAttention")
+# Part of a transformer -> why it has the form that is emitted.
+WHY = {
+    "attention": "com.microsoft's fused ops of onnxruntime's CPU provider: one node a layer, QKV packed at compile time",
+    "norms": "whole, and the residual before them spelled Sum: Add would become SkipLayerNormalization, slower on CPUs",
+    "rotary": "as torch's exporter writes it at opset 20, which has no op for it",
+    "activations": "the bias of the layer before goes into BiasGelu; the others as opset 20 has them",
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class EdgeTarget(Target):
                 "fused_attention": fused_nodes,
                 "attention": count_attentions(fused),
                 "onnx_ops": dict(counts.most_common()),
+                "emits": describe_emission(counts, WHY),
             },
         )
 
