@@ -7,6 +7,7 @@ program that is open. A loaded method owns its memory, so that a lock keeps runs
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,11 @@ def open_executorch(
 ) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
     """A program's `forward`: arrays by name in, its results in order out."""
     import torch
-    from executorch.runtime import Runtime
+
+    with warnings.catch_warnings():
+        # Its bindings call themselves experimental.
+        warnings.simplefilter("ignore")
+        from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(path).load_method("forward")
     assert method is not None
