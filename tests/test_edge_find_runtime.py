@@ -1,5 +1,7 @@
 """The words behind "edge:": each finds its target; unknown words and packages that are missing give one error."""
 
+from typing import Any
+
 import pytest
 
 from checks import bert_graph
@@ -14,7 +16,7 @@ from tilecut_targets.find_target import find_target
 
 @pytest.mark.parametrize("word", RUNTIMES)
 def test_every_word_finds_the_target_of_its_name(word):
-    target = find_target(f"edge:{word}")
+    target: Any = find_target(f"edge:{word}")
     assert str(target) == f"edge:{word}" and target == find_runtime(word) == type(target)()
     assert target.name == "edge" and target.lattice() == EdgeTarget().lattice()
     assert set(target.why) == {"attention", "norms", "rotary", "activations"}

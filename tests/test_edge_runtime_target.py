@@ -1,5 +1,7 @@
 """What holds for every runtime behind "edge:": numbers on ragged batches, honest rungs, facts, sessions, fair contenders."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,13 @@ KEPT = {
 }
 DEVICES = ("qnn", "coreml")
 HERE = tuple(word for word in RUNTIMES if word not in DEVICES)
+
+
+def target_of(word) -> Any:
+    """The target of a word; what all of these have, a `Target` has not."""
+    return find_runtime(word)
+
+
 # One size for the profiles of devices.
 AT = {"batch": 3, "sequence": 17}
 
@@ -43,7 +52,7 @@ def emitted(pruned, tmp_path_factory):
 
     def make(word):
         if word not in held:
-            held[word] = emit(find_runtime(word), pruned, tmp_path_factory.mktemp(word) / "artifact", AT)
+            held[word] = emit(target_of(word), pruned, tmp_path_factory.mktemp(word) / "artifact", AT)
         return held[word]
 
     return make
@@ -52,7 +61,7 @@ def emitted(pruned, tmp_path_factory):
 @pytest.mark.parametrize("word", RUNTIMES)
 def test_a_right_artifact_passes_every_rung(emitted, word):
     made = emitted(word)
-    first, equal, *rest = find_runtime(word).verify(made.folder, made.manifest, made.cases)
+    first, equal, *rest = target_of(word).verify(made.folder, made.manifest, made.cases)
     assert first.status == "passed" and first.name in ("onnx checker", "openvino IR", "executorch program")
     assert (equal.name, equal.status, equal.limit) == ("artifact equals pruned model", "passed", 1e-4)
     assert 0 < equal.figure < 1e-5 and "ragged inputs of" in equal.detail
@@ -63,7 +72,7 @@ def test_a_right_artifact_passes_every_rung(emitted, word):
 def test_an_artifact_of_another_model_fails(emitted, word):
     made, dense = emitted(word), bert_graph()
     inputs = text_batch(3, 17)
-    _, equal, *_ = find_runtime(word).verify(made.folder, made.manifest, [make_case(inputs, dense.run(inputs))])
+    _, equal, *_ = target_of(word).verify(made.folder, made.manifest, [make_case(inputs, dense.run(inputs))])
     assert equal.status == "failed" and equal.figure > 1e-2
 
 
@@ -105,10 +114,10 @@ def test_padding_does_not_reach_the_real_positions(emitted, word):
 
 @pytest.mark.parametrize("word", RUNTIMES)
 def test_the_facts_say_what_is_emitted_and_why(emitted, word):
-    facts = emitted(word).written.facts
+    facts: Any = emitted(word).written.facts
     assert facts["attention"] == 2 and facts["nodes"] == sum(facts["ops"].values()) > 20
     emits = facts["emits"]
-    assert {part: entry["why"] for part, entry in emits.items()} == dict(find_runtime(word).why)
+    assert {part: entry["why"] for part, entry in emits.items()} == dict(target_of(word).why)
     assert sum(emits["attention"]["ops"].values()) == 2
     assert sum(emits["norms"]["ops"].values()) == 5
     assert sum(n for op, n in emits["activations"]["ops"].items() if "gelu" in op.lower()) == 2
@@ -122,13 +131,13 @@ def test_a_damaged_file_does_not_pass(emitted, word, tmp_path):
         if (made.folder / name).is_file():
             (tmp_path / name).write_bytes(b"something else")
     with pytest.raises(ArtifactError, match=r"not valid ONNX|no IR|no program"):
-        find_runtime(word).verify(tmp_path, made.manifest, made.cases)
+        target_of(word).verify(tmp_path, made.manifest, made.cases)
 
 
 @pytest.mark.parametrize("word", HERE)
 def test_contenders_are_dense_models_in_the_same_runtime(emitted, word, tmp_path):
     made = emitted(word)
-    found = find_runtime(word).contenders(bert_graph(), made.folder, made.manifest, 1, tmp_path)
+    found = target_of(word).contenders(bert_graph(), made.folder, made.manifest, 1, tmp_path)
     assert list(found.runners) == [PRUNED, DENSE, EXPORTED] and not found.failed
     inputs = text_batch(2, 9)
     want = bert_graph().run(inputs)["last_hidden_state"][inputs["attention_mask"] != 0]
@@ -141,7 +150,7 @@ def test_contenders_are_dense_models_in_the_same_runtime(emitted, word, tmp_path
 
 @pytest.mark.parametrize("word", DEVICES)
 def test_a_device_that_is_not_here_is_timed_by_nothing(emitted, word, tmp_path):
-    made, target = emitted(word), find_runtime(word)
+    made, target = emitted(word), target_of(word)
     assert target.contenders(bert_graph(), made.folder, made.manifest, 1, tmp_path) is None
     assert target.cost(bert_graph(), None, [], [], {}, target.lattice(), None, lambda i, n: None) is None
     assert made.written.facts["cost_model"].startswith("none: the device is not here")
@@ -149,7 +158,7 @@ def test_a_device_that_is_not_here_is_timed_by_nothing(emitted, word, tmp_path):
 
 @pytest.mark.parametrize("word", HERE)
 def test_layers_are_timed_in_the_runtime_that_will_run_them(word, monkeypatch):
-    graph, target = bert_graph(), find_runtime(word)
+    graph, target = bert_graph(), target_of(word)
     axes = infer(graph)
     groups = groups_of(graph, "neurons")
     sets = MacCounter(axes, find_groups(axes), {"batch": 1, "sequence": 8}).groups_together([g.name for g in groups])
@@ -171,7 +180,7 @@ def test_layers_are_timed_in_the_runtime_that_will_run_them(word, monkeypatch):
 def test_a_written_layer_runs_in_the_runtime(word, tmp_path):
     from tilecut_targets.edge import time_samples as timing
 
-    target = find_runtime(word)
+    target = target_of(word)
     x = torch.randn(4, 12)
     path = timing.emit(target, mlp_graph().copy(), tmp_path / "a", {"batch": 4})
     out = target.open_model(path, 1)({"x": x.numpy()})

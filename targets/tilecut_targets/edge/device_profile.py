@@ -88,13 +88,14 @@ class DeviceProfile(RuntimeTarget):
 
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
         """The checker, onnxruntime's CPU provider against the pruned torch model, and what was not run."""
+        rungs = super().verify(folder, manifest, cases)
         held = provider(self.word)
         left = outside(folder / MODEL, self.word)
         nodes = sum(count_ops(folder / MODEL).values())
         said = "all" if not left else f"{nodes - sum(left.values())} of {nodes}"
         rest = "" if not left else ", the rest on the CPU: " + ", ".join(f"{op} {n}" for op, n in left.items())
         detail = f"needs {held['device']} with {held['run_with']}; by its documentation it runs {said} nodes{rest}"
-        return [*super().verify(folder, manifest, cases), Rung(f"{self.word} device", "not run", detail)]
+        return [*rungs, Rung(f"{self.word} device", "not run", detail)]
 
     def contenders(
         self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path
