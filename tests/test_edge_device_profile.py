@@ -40,6 +40,7 @@ def test_what_the_provider_does_not_list_is_said(target, tmp_path):
 def test_what_depends_on_lengths_alone_is_computed_at_compile_time(name, tmp_path):
     made = emit(CoreMlTarget(), capture(randomise(ZOO[name].build())), tmp_path / "a", {"batch": 2, "sequence": 9})
     assert not {"Range", "Less", "Where", "Cos", "Sin", "Shape"} & set(made.written.facts["ops"])
+    assert made.written.facts["outside_provider"] == {}
     assert [r.status for r in CoreMlTarget().verify(made.folder, made.manifest, made.cases)] == [
         "passed", "passed", "not run",
     ]  # fmt: skip

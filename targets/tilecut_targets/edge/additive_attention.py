@@ -41,7 +41,8 @@ def additive_attention(
         )
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
-        k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+        # Joined copies: the accelerators have Concat, and not all of them Expand.
+        k, v = (torch.cat([x.unsqueeze(2)] * groups, 2).flatten(1, 2) for x in (k, v))
     # Half of a half for each of two masks: their sum and a score beside it are finite.
     least = torch.finfo(q.dtype).min / 4
     scores = (q * scale) @ k.transpose(-1, -2)

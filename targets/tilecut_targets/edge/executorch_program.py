@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from tilecut_passes.graph import Graph
+from tilecut_passes.run_passes import Pass
 from tilecut_runtime.errors import ArtifactError, LoweringError, first_line
 from tilecut_runtime.executorch_runner import open_executorch
 from tilecut_runtime.manifest import DimRange, Rung
@@ -29,7 +30,9 @@ from tilecut_runtime.reference import Arrays
 from tilecut_targets.decompose_attention import decomposed_attention
 from tilecut_targets.edge.measure_layers import sizes_at
 from tilecut_targets.edge.runtime_target import RuntimeTarget
+from tilecut_targets.edge.write_out_gelu import WriteOutGelu
 from tilecut_targets.export_program import export_program
+from tilecut_targets.unpack_attention import UnpackAttention
 
 PROGRAM = "model.pte"
 # Upper bounds where the model has none or a larger one; the caller's example inputs and `at` raise them.
@@ -49,13 +52,18 @@ class ExecuTorchTarget(RuntimeTarget):
         "attention": "products and softmax in XNNPACK: faster than ExecuTorch's SDPA, which XNNPACK does not take",
         "norms": "ExecuTorch's own kernels: XNNPACK has no layer norm; RMS norms are simpler ops, which XNNPACK takes",
         "rotary": "in simpler ops: neither has an op for it",
-        "activations": "in XNNPACK where it has them, else ExecuTorch's own kernels",
+        "activations": "in XNNPACK where it has them; the tanh form of gelu in simpler ops, since XNNPACK takes it for the exact",
     }
 
     @property
     def version(self) -> str:
         """ExecuTorch's."""
         return f"executorch {importlib.metadata.version('executorch')}"
+
+    @property
+    def lowering(self) -> tuple[Pass, ...]:
+        """What XNNPACK would compute otherwise than meant."""
+        return (UnpackAttention(), WriteOutGelu())
 
     def ranges(self, graph: Graph, at: Mapping[str, int]) -> dict[str, DimRange]:
         """Every size with an upper bound."""

@@ -23,7 +23,7 @@ class QnnTarget(DeviceProfile):
     why: ClassVar[Mapping[str, str]] = {
         "attention": "MatMul, Add and Softmax: the provider has no attention op; masks are added, not chosen",
         "norms": "the provider has LayerNormalization, and RMSNormalization from opset 23 on",
-        "rotary": "the provider has RotaryEmbedding on the HTP, from opset 23 on",
+        "rotary": "in simpler ops where sines and cosines are constants (static lengths), else RotaryEmbedding",
         "activations": "the provider has Gelu, Sigmoid, Tanh and Relu",
     }
 
