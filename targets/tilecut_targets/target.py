@@ -18,11 +18,12 @@ from tilecut_passes.axes.infer import Axes
 from tilecut_passes.enforce_block_multiple import EnforceBlockMultiple
 from tilecut_passes.enforce_head_width import EnforceHeadWidth
 from tilecut_passes.enforce_power_of_two_heads import EnforcePowerOfTwoHeads
+from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import PACKED_ATTENTION, Graph, is_call
 from tilecut_passes.legalize_groups import LegalizeGroups
 from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
-from tilecut_runtime.manifest import Manifest, Rung
+from tilecut_runtime.manifest import DimRange, Manifest, Rung
 from tilecut_runtime.reference import Arrays, Case
 from tilecut_targets.cost_model import CostModel
 
@@ -85,11 +86,24 @@ class Target(ABC):
         both = (self.lattice(), lattice)
         return sorted({one.emitted(group.kind, n) for one in both for n in one.sizes(group.kind, group.size)})
 
+    def ranges(self, graph: Graph, at: Mapping[str, int]) -> dict[str, DimRange]:
+        """The sizes that an artifact takes: those of the model, or fewer where the runtime fixes or bounds them.
+
+        Args:
+            at: batch and sequence, or sizes by their names, that it is to serve at least.
+        """
+        return dict(graph.ranges)
+
     def enforce(self, power_of_two_heads: bool | None = None) -> tuple[LegalizeGroups, ...]:
         """Passes that bring any graph or plan to shapes that the target takes; they rewrite nothing that search chose."""
         powers = self.power_of_two_heads if power_of_two_heads is None else power_of_two_heads
         heads = (EnforcePowerOfTwoHeads(),) if powers else ()
         return (EnforceHeadWidth(multiple=self.head_width), *heads, EnforceBlockMultiple(block=self.block))
+
+    @property
+    def fusing(self) -> tuple[Pass, ...]:
+        """All passes from a legal graph to the fused one that `lowering` starts from."""
+        return (FuseAttention(self.packed), *self.fusions)
 
     @property
     @abstractmethod

@@ -37,7 +37,7 @@ app.add_typer(cli_toolchain.app, name="toolchain")
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(help="folder of a Hugging Face model")]
-TargetName = Annotated[str, typer.Option("--target", help="edge, cuda, cuda:<chips, type>, ascend, ascend:<chip>")]
+TargetName = Annotated[str, typer.Option("--target", help="edge, edge:<runtime>, cuda, cuda:<chips, type>, ascend[:<chip>]")]
 Calibration = Annotated[Path | None, typer.Option(help=".txt, .tsv or .jsonl; default: general text")]
 Folder = Annotated[Path, typer.Argument(help="an artifact's folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, nothing else")]

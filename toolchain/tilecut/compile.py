@@ -6,6 +6,7 @@ import datetime
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from tilecut.report import build_report, write_report
 from tilecut.write_artifact import artifact_folder, check_output
 from tilecut.write_weights import write_weights
 from tilecut_passes.example_inputs import DynamicDims
-from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.prune import as_cut
 from tilecut_passes.run_passes import Pass, run_passes
@@ -56,7 +56,8 @@ def compile_pruned(
 
     Args:
         model: an nn.Module, or the folder of a Hugging Face model. It is not changed.
-        target: "edge", "cuda", "ascend" ("ascend:<chip>" picks one), or a Target.
+        target: "edge" ("edge:<runtime>" picks another than onnxruntime), "cuda", "ascend" ("ascend:<chip>" picks one), or a
+            Target.
         example_inputs: a tensor, a tuple in forward's order or a dict by name; None makes them from a Hugging Face
             model's config.
         calibration: an iterable of batches (dicts, `labels` optional) or of texts, or a .txt, .tsv or .jsonl path; None
@@ -104,10 +105,12 @@ def emit(
     with progress.stage("legalize"):
         powers = config.power_of_two_heads if config else None
         records += run_passes(pruned, [*target.enforce(powers), *passes])
+    # The module keeps the model's own sizes.
+    served = replace(pruned, ranges=target.ranges(pruned, plan.at))
     with progress.stage("fuse"):
         fused = pruned.copy()
-        fusions = [FuseAttention(target.packed), *target.fusions]
-        records += run_passes(fused, fusions, check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
+        records += run_passes(fused, target.fusing, check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
+        fused.ranges = served.ranges
     with progress.stage("lower"):
         lowered = fused.copy()
         records += run_passes(lowered, target.lowering)
@@ -118,16 +121,16 @@ def emit(
             _write_module(pruned, folder)
             plan.write(folder / PLAN)
             copy_companions(made.model, folder)
-            cases = make_cases(pruned, seed=config.seed if config else 0)
+            cases = make_cases(served, seed=config.seed if config else 0)
             write_cases(cases, folder)
             manifest = Manifest(
                 str(target),
                 target.runtime,
                 made.name,
                 written.entry,
-                pruned.input_specs(),
-                pruned.output_specs(),
-                pruned.ranges,
+                served.input_specs(),
+                served.output_specs(),
+                served.ranges,
                 pruned.returns,
                 target.tolerance,
                 tool_versions(),

@@ -247,7 +247,7 @@ def _report(
     assert calibrated is not None
     threads = at["threads"]
     calculated = made.latency is not None and made.latency.facts.get("clock") == CALCULATED
-    cost = choose_cost(points, threads, made.target.name, calculated)
+    cost = choose_cost(points, threads, str(made.target), calculated)
     by = choose_quality(quality, points[0].fidelity)
     front, knee = judge(points, cost["name"], by, threads)
     label = QUALITIES[by].label

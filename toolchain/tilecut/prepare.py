@@ -179,7 +179,7 @@ def _cost_model(made: Prepared, config: PruneConfig, progress: Progress, needed:
     if found is None and needed:
         raise ConfigError(
             "PruneConfig",
-            f"max_latency_ms is asked for, but the {made.target.name} target has no latency model",
+            f"max_latency_ms is asked for, but the {made.target} target has no latency model",
             fix="give sparsity, max_macs, max_params or max_bytes",
         )
     if found is not None:

@@ -23,6 +23,7 @@ from tilecut_targets.cost_model import CostModel
 from tilecut_targets.decompositions import DECOMPOSITIONS
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.contend import contend
+from tilecut_targets.edge.describe_emission import describe_emission
 from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_residual import LowerResidual
@@ -33,6 +34,13 @@ from tilecut_targets.write_onnx import write_onnx
 
 MODEL = "model.onnx"
 FUSED_ATTENTION = ("Attention", "MultiHeadAttention")
+# Part of a transformer -> why it has the form that is emitted.
+WHY = {
+    "attention": "com.microsoft's fused ops of onnxruntime's CPU provider: one node a layer, QKV packed at compile time",
+    "norms": "whole, and the residual before them spelled Sum: Add would become SkipLayerNormalization, slower on CPUs",
+    "rotary": "as torch's exporter writes it at opset 20, which has no op for it",
+    "activations": "the bias of the layer before goes into BiasGelu; the others as opset 20 has them",
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class EdgeTarget(Target):
                 "fused_attention": fused_nodes,
                 "attention": count_attentions(fused),
                 "onnx_ops": dict(counts.most_common()),
+                "emits": describe_emission(counts, WHY),
             },
         )
 
@@ -87,7 +96,7 @@ class EdgeTarget(Target):
 
     def contenders(self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path) -> Contenders:
         """The dense model by this very path, as torch exports it, and after onnxruntime's own transformer optimizer."""
-        return contend(self.lowering, dense, folder / MODEL, threads, scratch)
+        return contend([*self.fusing, *self.lowering], dense, folder / MODEL, threads, scratch)
 
     def cost(
         self,
