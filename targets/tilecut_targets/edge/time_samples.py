@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from tilecut_passes.axes.groups import Group
+from tilecut_passes.calibration import Batch
 from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.layer_region import resizing
@@ -89,7 +90,7 @@ def time_samples(
     with tempfile.TemporaryDirectory() as scratch:
         runners: dict[str, Callable[[], object]] = {}
         for i, sample in enumerate(samples):
-            path = emit(target, sample.graph, Path(scratch) / str(i))
+            path = emit(target, sample.graph, sample.inputs, Path(scratch) / str(i))
             arrays = {name: x.numpy() for name, x in sample.inputs.items() if name in sample.graph.inputs}
             session = plain_session(path, threads)
             runners[sample.name] = lambda run=session, given=arrays: run(given)
@@ -107,7 +108,7 @@ def time_samples(
         return model
 
 
-def emit(target: Target, graph: Graph, folder: Path) -> Path:
+def emit(target: Target, graph: Graph, inputs: Mapping[str, Tensor], folder: Path) -> Path:
     """The model file that a compile of this graph would write."""
     run_passes(graph, target.enforce())
     fused = graph.copy()
@@ -115,4 +116,7 @@ def emit(target: Target, graph: Graph, folder: Path) -> Path:
     lowered = fused.copy()
     run_passes(lowered, target.lowering)
     folder.mkdir()
-    return folder / target.write(fused, lowered, folder).entry["model"]
+    written = target.write(fused, lowered, folder)
+    if target.quantize is not None:
+        target.quantize_files(folder, [Batch(dict(inputs))])
+    return folder / written.entry["model"]
