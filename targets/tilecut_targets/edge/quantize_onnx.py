@@ -215,6 +215,10 @@ class _Rewrite:
         rounded = self._once(f"{p.x}.uint8", "QuantizeLinear", [p.x, step, middle])
         x = self._once(f"{p.x}.rounded", "DequantizeLinear", [rounded, step, middle])
         self._linear(p, lambda out: self.add("MatMul", [x, restored], [out]))
+        # Of MatMul and Add onnxruntime makes a Gemm, which then runs in float32; it leaves Sum alone.
+        for reader in self.tensors.readers[p.output]:
+            if reader.op_type == "Add":
+                reader.op_type = "Sum"
 
     def _weight_only(self, p: Product, block: int) -> None:
         name = f"{p.weight}{'.T' if p.transposed else ''}.int4"
@@ -239,7 +243,7 @@ class _Rewrite:
             multiply(out)
         else:
             multiply(f"{p.output}.linear")
-            # As Add onnxruntime would make a Gemm of it, which then runs in float32.
+            # No Add, for the reason that is given in `_static`.
             self.add("Sum", [f"{p.output}.linear", p.bias], [out])
         if p.attention is not None:
             parts = [f"{p.output}.{part}" for part in "qkv"]
@@ -257,10 +261,10 @@ class _Rewrite:
         values, scale = self._table(table)
         ids, out = node.input[1], node.output[0]
         column = self._once(f"{scale}.column", "Unsqueeze", [scale, self.tensor("quantize.last", np.array([-1]))])
-        self.add("Gather", [values, ids], [f"{out}.int8"], axis=0)
-        self.add("Gather", [column, ids], [f"{out}.scale"], axis=0)
-        self.add("Cast", [f"{out}.int8"], [f"{out}.float"], to=TensorProto.FLOAT)
-        self.add("Mul", [f"{out}.float", f"{out}.scale"], [out])
+        self.add("Gather", [values, ids], [f"{out}.row"], axis=0)
+        self.add("Gather", [column, ids], [f"{out}.row.scale"], axis=0)
+        self.add("Cast", [f"{out}.row"], [f"{out}.row.float"], to=TensorProto.FLOAT)
+        self.add("Mul", [f"{out}.row.float", f"{out}.row.scale"], [out])
 
     def halve(self) -> None:
         """Store what has rank 2 or more in 16 bits, with a Cast that is folded when the file is loaded."""

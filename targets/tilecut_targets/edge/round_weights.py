@@ -101,10 +101,8 @@ def round_blocks(w: np.ndarray, block: int) -> Blocks:
     for at in range(0, columns, step):
         part = np.zeros((min(step, columns - at), count * block), np.float32)
         part[:, :rows] = w[:, at : at + step].T
-        # Rows that fill up repeat the last one: zeros would widen the range of a block that has none.
-        part[:, rows:] = part[:, rows - 1 : rows]
         values, scale[at : at + step], zero[at : at + step, :count] = _round_blocks(
-            part.reshape(len(part), count, block)
+            part.reshape(len(part), count, block), (np.arange(count * block) < rows).reshape(count, block)
         )
         values.reshape(len(part), -1)[:, rows:] = np.repeat(
             zero[at : at + step, count - 1 : count], count * block - rows, 1
@@ -113,7 +111,8 @@ def round_blocks(w: np.ndarray, block: int) -> Blocks:
     return Blocks(packed, scale, _pack(zero), rows)
 
 
-def _round_blocks(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _round_blocks(w: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """w [N, blocks, block]; only what is `counted` [blocks, block] counts as an error."""
     low, high = np.minimum(w.min(2), 0), np.maximum(w.max(2), 0)
     best = np.full(low.shape, np.inf, np.float32)
     values = np.zeros(w.shape, np.uint8)
@@ -122,7 +121,7 @@ def _round_blocks(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tried = _above_zero((high - low) * np.float32(fraction) / 15)
         at = np.clip(np.rint(-low * np.float32(fraction) / tried), 0, 15)
         rounded = np.clip(np.rint(w / tried[:, :, None]) + at[:, :, None], 0, 15)
-        error = np.square((rounded - at[:, :, None]) * tried[:, :, None] - w).sum(2)
+        error = (np.square((rounded - at[:, :, None]) * tried[:, :, None] - w) * counted).sum(2)
         better = error < best
         best = np.where(better, error, best)
         values[better] = rounded[better].astype(np.uint8)
