@@ -259,7 +259,7 @@ def test_a_layer_is_emitted_as_it_is_in_the_whole_model(tmp_path):
     ]
     for sample, fused in ((samples[0], "Attention"), (samples[4], "BiasGelu")):
         want = sample.graph.run(sample.inputs)
-        path = timing.emit(EDGE, sample.graph, tmp_path / fused, {})
+        path = timing.emit(EDGE, sample.graph, sample.inputs, tmp_path / fused)
         assert count_ops(path)[fused] == 1
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         taken = {i.name for i in session.get_inputs()}

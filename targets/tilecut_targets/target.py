@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
+from tilecut_passes.calibration import Batch
 from tilecut_passes.enforce_block_multiple import EnforceBlockMultiple
 from tilecut_passes.enforce_head_width import EnforceHeadWidth
 from tilecut_passes.enforce_power_of_two_heads import EnforcePowerOfTwoHeads
@@ -23,6 +25,7 @@ from tilecut_passes.graph import PACKED_ATTENTION, Graph, is_call
 from tilecut_passes.legalize_groups import LegalizeGroups
 from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
+from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import DimRange, Manifest, Rung
 from tilecut_runtime.reference import Arrays, Case
 from tilecut_targets.cost_model import CostModel
@@ -46,9 +49,10 @@ class Contenders:
 
 @dataclass(frozen=True)
 class Target(ABC):
-    """One kind of device. `chip` narrows it down where the target has several."""
+    """One kind of device. `chip` narrows it down where the target has several; `quantize` is a word of `quantizations`."""
 
     chip: str | None = None
+    quantize: str | None = field(default=None, kw_only=True)
 
     # Set by subclasses.
     name = ""
@@ -58,6 +62,10 @@ class Target(ABC):
     power_of_two_heads = False
     # Whether packed segments become sequences of `tilecut::attention_varlen`, or stay a mask.
     packed = False
+    # What can be done to the written files after everything else, with how far the outputs may then differ, in norm; and
+    # which of it needs calibration data.
+    quantizations: ClassVar[Mapping[str, float]] = {}
+    calibrated: ClassVar[tuple[str, ...]] = ()
     # How far an artifact may differ from the pruned torch model, relative to the output's magnitude.
     tolerance = 1e-4
 
@@ -70,6 +78,34 @@ class Target(ABC):
     def fusions(self) -> tuple[Pass, ...]:
         """Passes that run after attention is fused, for what else the target has ops for."""
         return ()
+
+    def quantized(self, how: str | None) -> Target:
+        """The target with files quantized as `how` says; None leaves it as it is.
+
+        Raises:
+            ConfigError: the target cannot do that.
+        """
+        how = self.quantize if how is None else how
+        if how is None:
+            return self
+        if how not in self.quantizations:
+            raise ConfigError(
+                "quantize",
+                f"the {self.name} target has no such quantization",
+                got=repr(how),
+                wanted=" or ".join(map(repr, (*self.quantizations, None))),
+            )
+        return replace(self, quantize=how)
+
+    @property
+    def limit(self) -> float:
+        """How far the artifact may differ from the pruned torch model: `tolerance`, or what the quantization may lose."""
+        return self.tolerance if self.quantize is None else self.quantizations[self.quantize]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether `quantize_files` needs calibration data."""
+        return self.quantize in self.calibrated
 
     def lattice(self, block: int | None = None, power_of_two_heads: bool | None = None) -> Lattice:
         """The sizes that search may choose; the caller's block is combined with the target's by least common multiple."""
@@ -113,6 +149,14 @@ class Target(ABC):
     @abstractmethod
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """Write the model's files into `folder`."""
+
+    def quantize_files(self, folder: Path, batches: Sequence[Batch]) -> dict[str, object]:
+        """Quantize what `write` wrote, as `quantize` says; returns facts for the report, the record as "quantization".
+
+        Args:
+            batches: calibration of the model that was written; [] where there is none.
+        """
+        raise NotImplementedError(f"{self.name} has no quantizations")
 
     @abstractmethod
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:

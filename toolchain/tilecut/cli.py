@@ -97,12 +97,13 @@ def compile_(
 ) -> None:
     """Prune, legalize, fuse, lower and emit a model, and verify what was emitted."""
     from tilecut.compile import compile_pruned
+    from tilecut_targets.find_target import find_target
 
     config = make_config(options, sparsity=sparsity, max_latency_ms=max_latency_ms)
     with show.compile_progress(err, quiet=as_json or not is_main_process()) as progress:
         artifact = compile_pruned(
             model,
-            target,
+            find_target(target).quantized(config.quantize),
             calibration=calibration,
             config=None if dense else config,
             output=output,

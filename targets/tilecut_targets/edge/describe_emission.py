@@ -9,7 +9,9 @@ from collections.abc import Mapping
 
 # Part of a transformer -> the ops that are forms of it, as ONNX, OpenVINO and ExecuTorch call them.
 FORMS = {
-    "attention": ("Attention", "MultiHeadAttention", "GroupQueryAttention", "ScaledDotProductAttention", "Softmax", "_softmax"),
+    "attention": (
+        "Attention", "MultiHeadAttention", "QAttention", "GroupQueryAttention", "ScaledDotProductAttention", "Softmax", "_softmax",
+    ),
     "norms": (
         "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "SkipLayerNormalization",
         "GroupNormalization", "InstanceNormalization", "MVN", "RMS", "native_layer_norm",

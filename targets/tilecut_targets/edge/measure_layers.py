@@ -164,6 +164,7 @@ def cache_key(
         "onnxruntime": ort.__version__,
         "torch": torch.__version__,
         "target": str(target),
+        "quantize": target.quantize,
         "sizes": dict(sizes),
         "model": signature_of(dense),
         "layers": [[t.region.signature, [list(s) for s in t.sets], [list(g) for g in t.grid]] for t in types],

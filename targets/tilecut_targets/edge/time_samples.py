@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from tilecut_passes.axes.groups import Group
+from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph
 from tilecut_passes.layer_region import resizing
 from tilecut_passes.prune import Prune, as_cut
@@ -92,7 +93,7 @@ def time_samples(
     with tempfile.TemporaryDirectory() as scratch:
         runners: dict[str, Callable[[], object]] = {}
         for i, sample in enumerate(samples):
-            path = emit(target, sample.graph, Path(scratch) / str(i), sizes_of_inputs(sample))
+            path = emit(target, sample.graph, sample.inputs, Path(scratch) / str(i))
             arrays = {name: sample.inputs[name].numpy() for name in sample.graph.inputs}
             session = open_model(path, threads)
             runners[sample.name] = lambda run=session, given=arrays: run(given)
@@ -110,24 +111,27 @@ def time_samples(
         return model
 
 
-def sizes_of_inputs(sample: Sample) -> dict[str, int]:
-    """The dynamic sizes that a sample's inputs have."""
-    shapes = {spec.name: spec.shape for spec in sample.graph.input_specs()}
+def sizes_of_inputs(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """The dynamic sizes that a graph's inputs have."""
+    shapes = {spec.name: spec.shape for spec in graph.input_specs()}
     return {
         dim: size
         for name, shape in shapes.items()
-        for dim, size in zip(shape, sample.inputs[name].shape)
-        if isinstance(dim, str) and dim in sample.graph.ranges
+        for dim, size in zip(shape, inputs[name].shape)
+        if isinstance(dim, str) and dim in graph.ranges
     }
 
 
-def emit(target: Target, graph: Graph, folder: Path, at: Mapping[str, int]) -> Path:
-    """The model file that a compile of this graph would write, to serve the sizes of `at`."""
+def emit(target: Target, graph: Graph, inputs: Mapping[str, Tensor], folder: Path) -> Path:
+    """The model file that a compile of this graph would write, to serve the sizes of `inputs`."""
     run_passes(graph, target.enforce())
     fused = graph.copy()
     run_passes(fused, target.fusing)
-    fused.ranges = target.ranges(graph, at)
+    fused.ranges = target.ranges(graph, sizes_of_inputs(graph, inputs))
     lowered = fused.copy()
     run_passes(lowered, target.lowering)
     folder.mkdir()
-    return folder / target.write(fused, lowered, folder).entry["model"]
+    written = target.write(fused, lowered, folder)
+    if target.quantize is not None:
+        target.quantize_files(folder, [Batch(dict(inputs))])
+    return folder / written.entry["model"]
