@@ -10,7 +10,8 @@ from collections.abc import Mapping
 # Part of a transformer -> the ops that are forms of it, as ONNX, OpenVINO and ExecuTorch call them.
 FORMS = {
     "attention": (
-        "Attention", "MultiHeadAttention", "QAttention", "GroupQueryAttention", "ScaledDotProductAttention", "Softmax", "_softmax",
+        "Attention", "MultiHeadAttention", "QAttention", "GroupQueryAttention", "ScaledDotProductAttention",
+        "Softmax", "_softmax",
     ),
     "norms": (
         "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "SkipLayerNormalization",
