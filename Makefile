@@ -8,7 +8,7 @@ PY := $(ENV)/bin/python
 export HF_HUB_OFFLINE := 1
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-all test-wheel toolchain lint types bench bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen models clean
+.PHONY: demo test test-all test-wheel toolchain ecosystem lint types bench bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen models clean
 
 demo: $(ENV)/.demo  ## prune the real model for the edge target and show what came of it
 	$(PY) benchmarks/demo.py
@@ -35,6 +35,12 @@ test-wheel: $(ENV)/.dev
 # Tests marked `toolchain` run once it is there, and are skipped without it.
 toolchain: $(ENV)/.dev  ## the private environments of the ascend target, 1 GB and more in ~/.cache/tilecut; once
 	$(PY) -m tilecut toolchain install ascend
+
+# tests/test_ecosystem.py runs once it is there, and is skipped without it.
+ecosystem:  ## the environment of optimum, optimum-intel and sentence-transformers, which want older transformers; once
+	$(PYTHON) -m venv $(HOME)/.cache/tilecut/ecosystem
+	$(HOME)/.cache/tilecut/ecosystem/bin/python -m pip install -q "torch==2.13.0" "optimum-onnx[onnxruntime]==0.1.0" \
+		"optimum-intel==1.27.0" "openvino==2026.4.1" "sentence-transformers==5.7.0" "transformers==4.57.6"
 
 lint: $(ENV)/.dev
 	$(PY) -m ruff check .

@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from tilecut.make_cases import make_cases
 from tilecut_passes.axes.groups import Group, find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.capture import capture
-from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.plan import PrunePlan
 from tilecut_passes.run_passes import run_passes
@@ -214,20 +213,22 @@ class Emitted:
     lowered: Graph
 
 
-def emit(target: Target, pruned: Graph, folder: Path) -> Emitted:
+def emit(target: Target, pruned: Graph, folder: Path, at: Mapping[str, int] | None = None) -> Emitted:
     """Write a graph as an artifact of a target: what the toolchain does after pruning, without report and plan."""
     folder.mkdir(exist_ok=True)
     fused = pruned.copy()
-    run_passes(fused, [FuseAttention(), *target.fusions])
+    run_passes(fused, target.fusing)
+    served = replace(pruned, ranges=target.ranges(pruned, at or {}))
+    fused.ranges = served.ranges
     lowered = fused.copy()
     run_passes(lowered, target.lowering)
     written = target.write(fused, lowered, folder)
     save_file({k: v.detach().contiguous() for k, v in pruned.tensors.items()}, folder / WEIGHTS)
-    cases = make_cases(pruned, sizes=((1, 1), (3, 5)))
+    cases = make_cases(served, sizes=((1, 1), (3, 5)))
     write_cases(cases, folder)
     manifest = Manifest(
-        str(target), target.runtime, "Tiny", written.entry, pruned.input_specs(), pruned.output_specs(),
-        pruned.ranges, pruned.returns, target.tolerance, files=list_files(folder),
+        str(target), target.runtime, "Tiny", written.entry, served.input_specs(), served.output_specs(),
+        served.ranges, pruned.returns, target.tolerance, files=list_files(folder),
     )  # fmt: skip
     manifest.write(folder)
     return Emitted(folder, manifest, cases, written, lowered)

@@ -68,6 +68,7 @@ EVERY_FIELD = [
     (("--finetune-lr", 1e-4), {"finetune": Recovery(learning_rate=1e-4)}),
     (("--finetune-labels",), {"finetune": Recovery(labels="task")}),
     (("--precision", "bf16"), {"finetune": Recovery(precision="bf16")}),
+    (("--quantize", "int8"), {"quantize": "int8"}),
     (("--checkpoint", "saved"), {"finetune": Recovery(checkpoint="saved")}),
 ]
 

@@ -57,7 +57,7 @@ def timed_by_macs(monkeypatch):
     """A clock on which a run takes a nanosecond a MAC; yields the names that it timed, a list a call."""
     calls = []
 
-    def time_samples(target, samples, count, threads, evaluate, progress):
+    def time_samples(target, samples, count, threads, evaluate, progress, open_model):
         ms = {sample.name: 1e-6 * macs_of(sample.graph) for sample in samples}
         assert len(ms) == count
         calls.append(list(ms))
@@ -259,7 +259,7 @@ def test_a_layer_is_emitted_as_it_is_in_the_whole_model(tmp_path):
     ]
     for sample, fused in ((samples[0], "Attention"), (samples[4], "BiasGelu")):
         want = sample.graph.run(sample.inputs)
-        path = timing.emit(EDGE, sample.graph, tmp_path / fused)
+        path = timing.emit(EDGE, sample.graph, sample.inputs, tmp_path / fused)
         assert count_ops(path)[fused] == 1
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         taken = {i.name for i in session.get_inputs()}

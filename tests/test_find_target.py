@@ -9,6 +9,8 @@ from checks import ROOT
 from tilecut_runtime.errors import ConfigError
 from tilecut_targets.ascend.target import AscendTarget
 from tilecut_targets.cuda.target import CudaTarget
+from tilecut_targets.edge.portable import PortableTarget
+from tilecut_targets.edge.qnn_profile import QnnTarget
 from tilecut_targets.edge.target import EdgeTarget
 from tilecut_targets.find_target import TARGETS, find_target
 
@@ -18,6 +20,8 @@ from tilecut_targets.find_target import TARGETS, find_target
     [
         ("edge", EdgeTarget()),
         ("edge:", EdgeTarget()),
+        ("edge:portable", PortableTarget()),
+        ("edge:qnn", QnnTarget()),
         ("cuda", CudaTarget()),
         ("cuda:orin", CudaTarget("orin")),
         ("cuda:sm_80,h100,bf16", CudaTarget("sm_80,h100,bf16")),
@@ -49,7 +53,7 @@ def test_a_target_is_returned_as_it_is():
         (":edge", "unknown target"),
         (None, "neither a name nor a Target; got NoneType"),
         (EdgeTarget, "neither a name nor a Target"),
-        ("edge:x86", "the edge target has no chips; got edge:x86"),
+        ("edge:x86", "the edge target knows no such runtime; got edge:x86; wanted edge or edge:ort-mobile or"),
         ("cuda:sm90", "knows no such chip or type; got cuda:sm90; wanted a100"),
         ("cuda:fp16,bf16", "two types to compute in; got cuda:fp16,bf16"),
         ("ascend:Ascend310Q3", "Ascend310Q3.*Ascend310P3"),

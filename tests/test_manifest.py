@@ -140,10 +140,20 @@ def test_another_format_is_refused_before_it_is_read(tmp_path, other):
         Manifest.read(saved(tmp_path, other))
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Manifest) if f.name != "format"])
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Manifest) if f.name not in ("format", "quantize")])
 def test_a_missing_field_is_named(tmp_path, held, name):
     del held[name]
     with pytest.raises(ArtifactError, match=f"malformed manifest.*{name}"):
+        Manifest.read(saved(tmp_path, held))
+
+
+def test_an_artifact_without_a_word_is_not_quantized(tmp_path, held):
+    del held["quantize"]
+    assert Manifest.read(saved(tmp_path, held)) == MODEL
+    held["quantize"] = "int8"
+    assert Manifest.read(saved(tmp_path, held)).quantize == "int8"
+    held["quantize"] = 8
+    with pytest.raises(ArtifactError, match="malformed manifest.*8 is no string"):
         Manifest.read(saved(tmp_path, held))
 
 

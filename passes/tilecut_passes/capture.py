@@ -105,6 +105,7 @@ def _to_graph(model: nn.Module, program: ExportedProgram, example: ExampleInputs
         aliases,
         states(inputs, unlifted.outputs),
         unlifted.notes,
+        example_sizes={name: size for name, size in example.sizes.items() if name in ranges},
     )
 
 

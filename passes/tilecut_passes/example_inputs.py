@@ -37,7 +37,7 @@ DynamicDims = dict[str, dict[int, str]]
 class ExampleInputs:
     """Keyword tensors, the constants that go with them, and the names of their dynamic dimensions.
 
-    `nested` are arguments of forward that hold several of the tensors.
+    `nested` are arguments of forward that hold several of the tensors. `sizes` are what the caller gave of dynamic sizes.
     """
 
     tensors: dict[str, Tensor]
@@ -46,6 +46,7 @@ class ExampleInputs:
     limits: dict[str, DimRange] = field(default_factory=dict)
     nested: dict[str, NestedInput] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 def inputs_from_config(model: nn.Module) -> ExampleInputs:
@@ -236,10 +237,11 @@ def inputs_from_caller(model: nn.Module, example: Any, dynamic: DynamicDims | No
         )
     else:
         dynamic = {k: _checked_dims(f"{name}: dynamic_shapes of {k}", v, tensors[k]) for k, v in dynamic.items()}
+    sizes = {name: int(v.shape[d]) for k, v in tensors.items() for d, name in dynamic.get(k, {}).items()}
     tensors = {k: _at_least_two(v, dynamic.get(k, {})) for k, v in tensors.items()}
     # torch takes sizes 0 and 1 for constants: what is longer than two dynamic sizes is at least 4.
     limits = {TOTAL: DimRange(4, None)} if any(TOTAL in dims.values() for dims in dynamic.values()) else {}
-    return ExampleInputs(tensors, constants, dynamic, limits, nested, notes)
+    return ExampleInputs(tensors, constants, dynamic, limits, nested, notes, sizes)
 
 
 def _check_names(name: str, given: Mapping[str, Any], accepted: Mapping[str, inspect.Parameter]) -> None:

@@ -51,6 +51,7 @@ class Graph:
     `inputs` are the caller's names of the placeholders, in order (fx may have had to rename a node). `states` are the
     inputs that hold a key-value cache, each with the output that continues it: their heads are cut with the model.
     `store` says where new tensors go, for models larger than memory (`disk_tensor.py`); None keeps them as they are.
+    A size whose range is one number is static in the specs. `example_sizes` are those of the caller's example inputs.
     """
 
     module: fx.GraphModule
@@ -64,6 +65,7 @@ class Graph:
     notes: list[str] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     store: Callable[[Tensor], Tensor] | None = None
+    example_sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def fx(self) -> fx.Graph:
@@ -138,6 +140,7 @@ class Graph:
             list(self.notes),
             list(self.refusals),
             self.store,
+            dict(self.example_sizes),
         )
 
     def in_double(self) -> Graph:
@@ -168,8 +171,12 @@ class Graph:
         return tuple(self._spec(name, n.meta["val"]) for name, n in zip(self.outputs, self.results, strict=True))
 
     def _spec(self, name: str, value: Tensor) -> TensorSpec:
-        named = {symbol: sympy.Symbol(dim) for symbol, dim in self.dims.items()}
-        shape = tuple(s if isinstance(s, int) else str(s.xreplace(named)) for s in sizes_of(value))
+        fixed = {dim: limits.min for dim, limits in self.ranges.items() if limits.min == limits.max}
+        named = {
+            symbol: sympy.Integer(fixed[dim]) if dim in fixed else sympy.Symbol(dim) for symbol, dim in self.dims.items()
+        }
+        sizes = [s if isinstance(s, int) else cast(sympy.Expr, s.xreplace(named)) for s in sizes_of(value)]
+        shape = tuple(int(s) if isinstance(s, int) or s.is_Integer else str(s) for s in sizes)
         return TensorSpec(name, str(value.dtype).removeprefix("torch."), shape)
 
     def clean(self) -> None:

@@ -82,13 +82,15 @@ class Manifest:
     outputs: tuple[TensorSpec, ...]
     dims: dict[str, DimRange] = field(default_factory=dict)
     returns: str = "mapping"
-    # How far outputs may differ from the pruned torch model's, relative to their magnitude.
+    # How far outputs may differ from the pruned torch model's, relative to their magnitude; of a quantized model, in norm.
     tolerance: float = 1e-4
     tools: dict[str, str] = field(default_factory=dict)
     created: str = ""
     verification: tuple[Rung, ...] = ()
     files: dict[str, FileEntry] = field(default_factory=dict)
     format: int = FORMAT
+    # What was done to the written model last: a word such as int8.
+    quantize: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`."""
@@ -264,6 +266,7 @@ def _parse(held: dict[str, Any]) -> Manifest:
         dims=dims,
         returns=text(held["returns"]),
         tolerance=float(tolerance),
+        quantize=None if held.get("quantize") is None else text(held["quantize"]),
         tools={k: text(v) for k, v in held["tools"].items()},
         created=text(held["created"]),
         verification=tuple(rung(r) for r in held["verification"]),

@@ -44,10 +44,50 @@ class Case:
             worst = max(worst, error)
         return worst
 
+    def drift(self, got: Mapping[str, np.ndarray]) -> tuple[float, float]:
+        """How far a quantized model is off on valid rows: the worst output's |want - got| / |want|, and 1 - its mean cosine.
+
+        Numbers that stand for infinity are left out of both; of outputs that are no floating point it is as in `error`.
+        """
+        relative = turned = 0.0
+        for name, want in self.outputs.items():
+            have, rows = got[name], self.valid[name]
+            if have.shape != want.shape:
+                return math.inf, math.inf
+            if want.dtype.kind != "f":
+                relative = max(relative, float((want[rows] != have[rows]).mean()) if want[rows].size else 0.0)
+                continue
+            a, b = want[rows].astype(np.float64), have[rows].astype(np.float64)
+            if not a.size:
+                continue
+            if not np.isfinite(b[np.abs(a) < HUGE]).all():
+                return math.inf, math.inf
+            a, b = (np.where(np.abs(a) < HUGE, x, 0.0) for x in (a, b))
+            relative = max(relative, float(np.linalg.norm(a - b) / max(float(np.linalg.norm(a)), SMALL)))
+            # One number has no direction.
+            if a.ndim > 1 and a.shape[-1] > 1:
+                lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+                cosine = np.where(lengths > 0, (a * b).sum(-1) / np.maximum(lengths, 1e-300), 1.0)
+                turned = max(turned, float(1 - cosine.mean()))
+        return relative, turned
+
     @property
     def size(self) -> str:
         """The shape of the first input, for messages: 2x13."""
         return "x".join(map(str, next(iter(self.inputs.values())).shape))
+
+
+def drift_rungs(
+    cases: Sequence[Case], outputs: Sequence[Mapping[str, np.ndarray]], limit: float, detail: str
+) -> list[Rung]:
+    """The rungs of a quantized model: relative error and direction. Vectors that differ by e have cosine 1 - e^2/2."""
+    drifts = [case.drift(got) for case, got in zip(cases, outputs, strict=True)]
+    found = zip(
+        ("quantized model: relative error", "quantized model: 1 - cosine"),
+        (max(figures) for figures in zip(*drifts)),
+        (limit, limit**2 / 2),
+    )
+    return [Rung(name, "passed" if x <= most else "failed", detail, x, most) for name, x, most in found]
 
 
 def scaled_error(want: np.ndarray, got: np.ndarray) -> float:
@@ -133,7 +173,10 @@ def verify_on_device(folder: Path, device: str | None = None) -> list[Rung]:
     limit = manifest.tolerance
     session = load(folder, device)
     cases = read_cases(folder, manifest)
-    error = max(case.error(session.run(case.inputs)) for case in cases)
+    outputs = [session.run(case.inputs) for case in cases]
     sizes = ", ".join(case.size for case in cases)
     detail = f"{session.how} on {session.device} against the outputs in {FOLDER}/, inputs of {sizes}"
+    if manifest.quantize is not None:
+        return [*rungs, *drift_rungs(cases, outputs, limit, detail)]
+    error = max(case.error(got) for case, got in zip(cases, outputs))
     return [*rungs, Rung("artifact equals reference", "passed" if error <= limit else "failed", detail, error, limit)]

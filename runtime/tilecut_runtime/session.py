@@ -165,6 +165,25 @@ def _check_one(
 
 
 def _open_onnxruntime(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
+    _check_cpu(folder, manifest, device)
+    return Session(folder, manifest, onnx_runner(folder, manifest, "model", threads), "cpu")
+
+
+def _open_openvino(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
+    _check_cpu(folder, manifest, device)
+    from tilecut_runtime.openvino_runner import openvino_runner
+
+    return Session(folder, manifest, openvino_runner(folder, manifest, threads), "cpu", "openvino")
+
+
+def _open_executorch(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
+    _check_cpu(folder, manifest, device)
+    from tilecut_runtime.executorch_runner import executorch_runner
+
+    return Session(folder, manifest, executorch_runner(folder, manifest, threads), "cpu", "executorch")
+
+
+def _check_cpu(folder: Path, manifest: Manifest, device: str | None) -> None:
     if device not in (None, "cpu"):
         raise ArtifactError(
             str(folder),
@@ -172,7 +191,6 @@ def _open_onnxruntime(folder: Path, manifest: Manifest, device: str | None, thre
             got=f"device={device!r}",
             wanted="device=None or 'cpu'",
         )
-    return Session(folder, manifest, onnx_runner(folder, manifest, "model", threads), "cpu")
 
 
 def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | None, rest: bool = False) -> Runner:
@@ -259,6 +277,8 @@ def _open_ascend(folder: Path, manifest: Manifest, device: str | None, threads: 
 
 RUNTIMES: dict[str, Callable[[Path, Manifest, str | None, int | None], Session]] = {
     "onnxruntime": _open_onnxruntime,
+    "openvino": _open_openvino,
+    "executorch": _open_executorch,
     "torch": _open_torch,
     "ascend": _open_ascend,
 }

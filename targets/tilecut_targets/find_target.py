@@ -1,4 +1,4 @@
-"""Targets by name, imported when asked for: "edge", "cuda", "ascend", "ascend:Ascend910B3"."""
+"""Targets by name, imported when asked for: "edge", "edge:openvino", "cuda", "ascend", "ascend:Ascend910B3"."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tilecut_runtime.errors import ConfigError
 from tilecut_targets.target import Target
 
 TARGETS = {
-    "edge": "tilecut_targets.edge.target:EdgeTarget",
+    "edge": "tilecut_targets.edge.find_runtime:find_runtime",
     "cuda": "tilecut_targets.cuda.target:CudaTarget",
     "ascend": "tilecut_targets.ascend.target:AscendTarget",
 }
@@ -35,5 +35,6 @@ def find_target(wanted: str | Target) -> Target:
             wanted=" or ".join(map(repr, TARGETS)),
             fix="`tilecut targets` lists them",
         )
-    module, _, cls = TARGETS[name].partition(":")
-    return getattr(importlib.import_module(module), cls)(chip=chip or None)
+    # A class, or a function that picks one by the chip.
+    module, _, make = TARGETS[name].partition(":")
+    return getattr(importlib.import_module(module), make)(chip=chip or None)

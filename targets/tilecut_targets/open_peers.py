@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
-
-import numpy as np
+from typing import Any
 
 from tilecut_runtime.reference import Arrays
 
@@ -100,38 +98,18 @@ def open_session(path: Path, threads: int) -> Any:
 
 def open_openvino(folder: Path, threads: int) -> Runner:
     """OpenVINO's CPU plugin, tuned for latency."""
-    import openvino
+    from tilecut_runtime import openvino_runner
 
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.Core().compile_model(str(folder / OPENVINO_FILE), "CPU", options)
-    request = compiled.create_infer_request()
-    ports = [(port.get_any_name(), port) for port in compiled.outputs]
-
-    def run(arrays: Arrays) -> Arrays:
-        found = request.infer(arrays)
-        return {name: found[port] for name, port in ports}
-
-    return run
+    return openvino_runner.open_openvino(folder / OPENVINO_FILE, threads)
 
 
 def open_executorch(folder: Path, threads: int) -> Runner:
     """ExecuTorch's Python bindings; one pool of threads serves all programs of the process."""
-    import torch
-    from executorch.extension.pybindings import portable_lib
-    from executorch.runtime import Runtime
+    from tilecut_runtime import executorch_runner
 
-    if portable_lib._threadpool_get_thread_count() != threads:
-        portable_lib._unsafe_reset_threadpool(threads)
     inputs, outputs = json.loads((folder / EXECUTORCH_NAMES).read_text(encoding="utf-8"))
-    # The method lives as long as its program.
-    program = Runtime.get().load_program(folder / EXECUTORCH_FILE)
-    method = cast(Any, program.load_method("forward"))
-
-    def run(arrays: Arrays, program: Any = program) -> Arrays:
-        values = method.execute([torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in inputs])
-        return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
-
-    return run
+    run = executorch_runner.open_executorch(folder / EXECUTORCH_FILE, inputs, threads)
+    return lambda arrays: dict(zip(outputs, run(arrays), strict=True))
 
 
 OPENERS: dict[str, Callable[[Path, int], Runner]] = {

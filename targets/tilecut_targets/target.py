@@ -8,21 +8,25 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
+from tilecut_passes.calibration import Batch
 from tilecut_passes.enforce_block_multiple import EnforceBlockMultiple
 from tilecut_passes.enforce_head_width import EnforceHeadWidth
 from tilecut_passes.enforce_power_of_two_heads import EnforcePowerOfTwoHeads
+from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import PACKED_ATTENTION, Graph, is_call
 from tilecut_passes.legalize_groups import LegalizeGroups
 from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
-from tilecut_runtime.manifest import Manifest, Rung
+from tilecut_runtime.errors import ConfigError
+from tilecut_runtime.manifest import DimRange, Manifest, Rung
 from tilecut_runtime.reference import Arrays, Case
 from tilecut_targets.cost_model import CostModel
 
@@ -45,9 +49,10 @@ class Contenders:
 
 @dataclass(frozen=True)
 class Target(ABC):
-    """One kind of device. `chip` narrows it down where the target has several."""
+    """One kind of device. `chip` narrows it down where the target has several; `quantize` is a word of `quantizations`."""
 
     chip: str | None = None
+    quantize: str | None = field(default=None, kw_only=True)
 
     # Set by subclasses.
     name = ""
@@ -57,6 +62,10 @@ class Target(ABC):
     power_of_two_heads = False
     # Whether packed segments become sequences of `tilecut::attention_varlen`, or stay a mask.
     packed = False
+    # What can be done to the written files after everything else, with how far the outputs may then differ, in norm; and
+    # which of it needs calibration data.
+    quantizations: ClassVar[Mapping[str, float]] = {}
+    calibrated: ClassVar[tuple[str, ...]] = ()
     # How far an artifact may differ from the pruned torch model, relative to the output's magnitude.
     tolerance = 1e-4
 
@@ -69,6 +78,34 @@ class Target(ABC):
     def fusions(self) -> tuple[Pass, ...]:
         """Passes that run after attention is fused, for what else the target has ops for."""
         return ()
+
+    def quantized(self, how: str | None) -> Target:
+        """The target with files quantized as `how` says; None leaves it as it is.
+
+        Raises:
+            ConfigError: the target cannot do that.
+        """
+        how = self.quantize if how is None else how
+        if how is None:
+            return self
+        if how not in self.quantizations:
+            raise ConfigError(
+                "quantize",
+                f"the {self.name} target has no such quantization",
+                got=repr(how),
+                wanted=" or ".join(map(repr, (*self.quantizations, None))),
+            )
+        return replace(self, quantize=how)
+
+    @property
+    def limit(self) -> float:
+        """How far the artifact may differ from the pruned torch model: `tolerance`, or what the quantization may lose."""
+        return self.tolerance if self.quantize is None else self.quantizations[self.quantize]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether `quantize_files` needs calibration data."""
+        return self.quantize in self.calibrated
 
     def lattice(self, block: int | None = None, power_of_two_heads: bool | None = None) -> Lattice:
         """The sizes that search may choose; the caller's block is combined with the target's by least common multiple."""
@@ -85,11 +122,24 @@ class Target(ABC):
         both = (self.lattice(), lattice)
         return sorted({one.emitted(group.kind, n) for one in both for n in one.sizes(group.kind, group.size)})
 
+    def ranges(self, graph: Graph, at: Mapping[str, int]) -> dict[str, DimRange]:
+        """The sizes that an artifact takes: those of the model, or fewer where the runtime fixes or bounds them.
+
+        Args:
+            at: batch and sequence, or sizes by their names, that it is to serve at least.
+        """
+        return dict(graph.ranges)
+
     def enforce(self, power_of_two_heads: bool | None = None) -> tuple[LegalizeGroups, ...]:
         """Passes that bring any graph or plan to shapes that the target takes; they rewrite nothing that search chose."""
         powers = self.power_of_two_heads if power_of_two_heads is None else power_of_two_heads
         heads = (EnforcePowerOfTwoHeads(),) if powers else ()
         return (EnforceHeadWidth(multiple=self.head_width), *heads, EnforceBlockMultiple(block=self.block))
+
+    @property
+    def fusing(self) -> tuple[Pass, ...]:
+        """All passes from a legal graph to the fused one that `lowering` starts from."""
+        return (FuseAttention(self.packed), *self.fusions)
 
     @property
     @abstractmethod
@@ -99,6 +149,14 @@ class Target(ABC):
     @abstractmethod
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """Write the model's files into `folder`."""
+
+    def quantize_files(self, folder: Path, batches: Sequence[Batch]) -> dict[str, object]:
+        """Quantize what `write` wrote, as `quantize` says; returns facts for the report, the record as "quantization".
+
+        Args:
+            batches: calibration of the model that was written; [] where there is none.
+        """
+        raise NotImplementedError(f"{self.name} has no quantizations")
 
     @abstractmethod
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:

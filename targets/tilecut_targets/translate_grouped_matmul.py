@@ -8,6 +8,10 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset20
 
+from tilecut_runtime import grouped_matmul as _grouped_matmul_op
+
+assert _grouped_matmul_op
+
 # Its signatures speak of numpy's types; here the arguments are symbolic.
 op: Any = opset20
 

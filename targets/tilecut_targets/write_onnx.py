@@ -29,6 +29,7 @@ def write_onnx(
     opset: int,
     decompose: Mapping[Any, Callable[..., Any]] | None = None,
     external: str | None = None,
+    finish: Callable[[ir.Model], object] | None = None,
 ) -> ir.Model:
     """Export `graph` to `path`; dynamic sizes, inputs and outputs carry the graph's names.
 
@@ -36,6 +37,7 @@ def write_onnx(
         opset: the version of the default operator set.
         decompose: op -> function in simpler ops, applied before export.
         external: file beside the model that all weights go to; None keeps them inside while they fit.
+        finish: a last rewrite of the model before it is saved.
 
     Returns:
         The model as it was written.
@@ -65,6 +67,8 @@ def write_onnx(
     model = made.model
     _name_sizes(graph, model)
     _strip(model)
+    if finish is not None:
+        finish(model)
     large = (
         sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         > EXTERNAL_DATA_BYTES

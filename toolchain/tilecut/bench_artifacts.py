@@ -76,8 +76,8 @@ class Subject:
         made = make_inputs(self.graph, batch, sequence, seed=5, ragged=ragged)
         return {name: value.numpy() for name, value in made.items()}
 
-    def compare(self, inputs: Arrays) -> Callable[[Arrays], float] | None:
-        """What says how far outputs are from torch eager of this model on these inputs, where there is torch."""
+    def reference(self, inputs: Arrays) -> Any:
+        """These inputs and what torch eager of this model gives for them, a `Case`; None where there is no torch."""
         if self.graph is None:
             return None
         import torch
@@ -85,7 +85,7 @@ class Subject:
         from tilecut.make_cases import make_case
 
         given = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        return make_case(given, self.graph.run(given)).error
+        return make_case(given, self.graph.run(given))
 
 
 @dataclass
@@ -108,6 +108,11 @@ class Contender:
     limit: float
     memory: dict[str, Any]
     bytes: int
+
+    def error(self, case: Any, outputs: Arrays) -> float:
+        """How far outputs are from a case's; those of a quantized artifact by the measure that its limit is of."""
+        quantized = self.kind == "artifact" and self.subject.manifest.quantize is not None
+        return case.drift(outputs)[0] if quantized else case.error(outputs)
 
 
 @dataclass
@@ -355,17 +360,17 @@ def _time_point(
     length = sequence or 1
     errors: dict[str, float | None] = {}
     whole: dict[str, Arrays] = {}
-    compared: dict[str, tuple[Arrays, Callable[[Arrays], float] | None]] = {}
+    compared: dict[str, tuple[Arrays, Any]] = {}
     for c in contenders:
         of = c.subject.name
         if of not in whole:
             ragged = c.subject.inputs(batch, length, ragged=True)
-            compared[of] = ragged, c.subject.compare(ragged)
+            compared[of] = ragged, c.subject.reference(ragged)
             whole[of] = c.subject.inputs(batch, length, ragged=False)
-        given, error = compared[of]
+        given, case = compared[of]
         with _reported(c, found):
             out = runners[c.name](given)
-            errors[c.name] = None if error is None else error(out)
+            errors[c.name] = None if case is None else c.error(case, out)
     timed = [c for c in contenders if c.name in errors and _is_right(c, errors[c.name])]
     timings = time_interleaved(
         {c.name: lambda run=runners[c.name], given=whole[c.subject.name]: run(given) for c in timed},

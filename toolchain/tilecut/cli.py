@@ -37,7 +37,7 @@ app.add_typer(cli_toolchain.app, name="toolchain")
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(help="folder of a Hugging Face model")]
-TargetName = Annotated[str, typer.Option("--target", help="edge, cuda, cuda:<chips, type>, ascend, ascend:<chip>")]
+TargetName = Annotated[str, typer.Option("--target", help="edge, edge:<runtime>, cuda, cuda:<chips, type>, ascend[:<chip>]")]
 Calibration = Annotated[Path | None, typer.Option(help=".txt, .tsv or .jsonl; default: general text")]
 Folder = Annotated[Path, typer.Argument(help="an artifact's folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, nothing else")]
@@ -97,12 +97,13 @@ def compile_(
 ) -> None:
     """Prune, legalize, fuse, lower and emit a model, and verify what was emitted."""
     from tilecut.compile import compile_pruned
+    from tilecut_targets.find_target import find_target
 
     config = make_config(options, sparsity=sparsity, max_latency_ms=max_latency_ms)
     with show.compile_progress(err, quiet=as_json or not is_main_process()) as progress:
         artifact = compile_pruned(
             model,
-            target,
+            find_target(target).quantized(config.quantize),
             calibration=calibration,
             config=None if dense else config,
             output=output,

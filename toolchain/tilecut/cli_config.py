@@ -47,6 +47,7 @@ def read_options(
         float | None, _option("take the largest block that loses no more than this fraction, e.g. 0.1", SHAPE)
     ] = None,
     power_of_two_heads: Annotated[bool | None, _option("head counts are powers of two", SHAPE)] = None,
+    quantize: Annotated[str | None, _option("int8, int8-static, int4, int4:128 or fp16, on edge", SHAPE)] = None,
     method: Annotated[str | None, _option("table, fisher, or the name of an importance", METHOD)] = None,
     importance: Annotated[str | None, _option("the order in which units go, for --method table", METHOD)] = None,
     outputs: Annotated[str | None, _option("comma-separated: outputs that count when losses are measured", METHOD)] = None,
@@ -96,6 +97,7 @@ def read_options(
                 "block": block,
                 "adapt_block": adapt_block,
                 "power_of_two_heads": power_of_two_heads,
+                "quantize": quantize,
                 "method": method,
                 "importance": importance,
                 "outputs": tuple(names(outputs)) if outputs is not None else None,

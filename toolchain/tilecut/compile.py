@@ -6,6 +6,7 @@ import datetime
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from tilecut.describe_machine import tool_versions
 from tilecut.make_cases import make_cases, make_inputs
 from tilecut.measure_fidelity import measure_fidelity
 from tilecut.measure_latency import measure_latency
+from tilecut.measure_quantized import measure_quantized
 from tilecut.prepare import Prepared, prepare
 from tilecut.progress import Progress
 from tilecut.report import build_report, write_report
 from tilecut.write_artifact import artifact_folder, check_output
 from tilecut.write_weights import write_weights
 from tilecut_passes.example_inputs import DynamicDims
-from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.prune import as_cut
 from tilecut_passes.run_passes import Pass, run_passes
@@ -56,7 +57,8 @@ def compile_pruned(
 
     Args:
         model: an nn.Module, or the folder of a Hugging Face model. It is not changed.
-        target: "edge", "cuda", "ascend" ("ascend:<chip>" picks one), or a Target.
+        target: "edge" ("edge:<runtime>" picks another than onnxruntime), "cuda", "ascend" ("ascend:<chip>" picks one), or a
+            Target.
         example_inputs: a tensor, a tuple in forward's order or a dict by name; None makes them from a Hugging Face
             model's config.
         calibration: an iterable of batches (dicts, `labels` optional) or of texts, or a .txt, .tsv or .jsonl path; None
@@ -78,7 +80,8 @@ def compile_pruned(
             "compile_pruned", "passes is no sequence of passes", got=repr(passes)[:60], wanted="e.g. [MyPass()]"
         )
     progress = progress or Progress()
-    chosen_target, chosen_config = find_target(target), find_config(config)
+    chosen_config = find_config(config)
+    chosen_target = find_target(target).quantized(chosen_config.quantize if chosen_config is not None else None)
     path = check_output(default_output(model, chosen_target) if output is None else output)
     made = prepare(model, chosen_target, example_inputs, calibration, chosen_config, dynamic_shapes, progress)
     cut = cut_model(made, chosen_config, progress)
@@ -104,10 +107,12 @@ def emit(
     with progress.stage("legalize"):
         powers = config.power_of_two_heads if config else None
         records += run_passes(pruned, [*target.enforce(powers), *passes])
+    # The module keeps the model's own sizes.
+    served = replace(pruned, ranges=target.ranges(pruned, plan.at))
     with progress.stage("fuse"):
         fused = pruned.copy()
-        fusions = [FuseAttention(target.packed), *target.fusions]
-        records += run_passes(fused, fusions, check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
+        records += run_passes(fused, target.fusing, check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
+        fused.ranges = served.ranges
     with progress.stage("lower"):
         lowered = fused.copy()
         records += run_passes(lowered, target.lowering)
@@ -118,23 +123,29 @@ def emit(
             _write_module(pruned, folder)
             plan.write(folder / PLAN)
             copy_companions(made.model, folder)
-            cases = make_cases(pruned, seed=config.seed if config else 0)
+            cases = make_cases(served, seed=config.seed if config else 0)
             write_cases(cases, folder)
+        if target.quantize is not None:
+            with progress.stage("quantize"):
+                cut_inputs = as_cut(made.dense, plan)
+                batches = [replace(batch, inputs=cut_inputs(batch.inputs)) for batch in made.fit]
+                written.facts |= target.quantize_files(folder, batches)
+        with progress.stage("verify"):
             manifest = Manifest(
                 str(target),
                 target.runtime,
                 made.name,
                 written.entry,
-                pruned.input_specs(),
-                pruned.output_specs(),
-                pruned.ranges,
+                served.input_specs(),
+                served.output_specs(),
+                served.ranges,
                 pruned.returns,
-                target.tolerance,
+                target.limit,
                 tool_versions(),
                 datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                quantize=target.quantize,
                 files=list_files(folder),
             )
-        with progress.stage("verify"):
             rungs += target.verify(folder, manifest, cases)
             if target.rounds and made.calibrated is not None:
                 rungs.append(check_lowered(pruned, lowered, made.calibrated.held_out, target.tolerance))
@@ -144,14 +155,17 @@ def emit(
                     failed[0].detail,
                     got=f"{failed[0].figure:.2e}",
                     wanted=f"at most {failed[0].limit:.0e}",
-                    fix="the artifact was not written; "
-                    + ("compute in bf16 or float32" if target.rounds else "please report the model"),
+                    fix="the artifact was not written; " + _remedy(target),
                 )
         fidelity: dict[str, Any] = {}
         if made.calibrated is not None:
             with progress.stage("fidelity"):
                 held_out, general = made.calibrated.held_out, made.calibrated.general
                 fidelity = measure_fidelity(made.dense, pruned, held_out, as_cut(made.dense, plan), general)
+                if target.quantize is not None:
+                    record = written.facts["quantization"]
+                    assert isinstance(record, dict)
+                    record["fidelity"] = measure_quantized(made, pruned, plan, folder, manifest)
         latency: dict[str, Any] = {"status": "not measured"}
         if measure:
             with progress.stage("latency"), tempfile.TemporaryDirectory() as scratch:
@@ -178,9 +192,17 @@ def emit(
 
 
 def default_output(model: Any, target: Target) -> str:
-    """<model>-<target>."""
+    """<model>-<target>, and -<quantization> where there is one."""
     name = Path(model).resolve().name if isinstance(model, str | Path) else type(model).__name__
-    return f"{name}-{re.sub(r'[^A-Za-z0-9]+', '-', str(target))}".lower()
+    what = str(target) if target.quantize is None else f"{target}-{target.quantize}"
+    return f"{name}-{re.sub(r'[^A-Za-z0-9]+', '-', what)}".lower()
+
+
+def _remedy(target: Target) -> str:
+    """What to do when the written files are not what they should be."""
+    if target.quantize is not None:
+        return "quantize less: 'int8' loses less than 'int4', 'fp16' least"
+    return "compute in bf16 or float32" if target.rounds else "please report the model"
 
 
 def _write_module(pruned: Graph, folder: Path) -> None:

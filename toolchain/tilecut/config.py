@@ -72,6 +72,10 @@ class PruneConfig(Settings):
     finetune: Recovery | None = Field(
         default=None, description="training after the cut, label-free or with labels; None: closed-form repair alone"
     )
+    quantize: str | None = Field(
+        default=None,
+        description="what the target does to the written model last: on edge int8, int8-static, int4, int4:128 or fp16",
+    )
     mixture: float = Field(
         default=MIXTURE, ge=0, lt=1, description="fraction of the calibration tokens that is of the general text tilecut ships"
     )

@@ -85,7 +85,8 @@ def explore(
         TilecutError: a subclass says what cannot be done; nothing is left behind. A budget that no legal model meets is
             no error but a point with its reason, unless none can be met.
     """
-    chosen, base = find_target(target), find_config(config)
+    base = find_config(config)
+    chosen = find_target(target).quantized(base.quantize if base is not None else None)
     if base is None:
         raise ConfigError("explore", "config=None cuts nothing", wanted="a preset or a PruneConfig")
     if quality is not None and quality not in QUALITIES:
@@ -247,7 +248,7 @@ def _report(
     assert calibrated is not None
     threads = at["threads"]
     calculated = made.latency is not None and made.latency.facts.get("clock") == CALCULATED
-    cost = choose_cost(points, threads, made.target.name, calculated)
+    cost = choose_cost(points, threads, str(made.target), calculated)
     by = choose_quality(quality, points[0].fidelity)
     front, knee = judge(points, cost["name"], by, threads)
     label = QUALITIES[by].label

@@ -17,8 +17,10 @@ from tilecut_runtime.reference import Case
 SIZES = ((1, 1), (1, 8), (2, 13), (5, 64), (8, 256), (1, 512))
 
 
-def make_inputs(graph: Graph, batch: int, length: int, seed: int, ragged: bool = True) -> dict[str, Tensor]:
-    """Random inputs: ids from the embedding that reads them, masks right-padded to random lengths (the first row whole).
+def make_inputs(
+    graph: Graph, batch: int, length: int, seed: int, ragged: bool = True, whole: bool = True
+) -> dict[str, Tensor]:
+    """Random inputs: ids from the embedding that reads them, masks right-padded to random lengths (the first row `whole`).
 
     Every dynamic size that is not the first of its inputs is `length`, within its own range; with a cache, `length` is
     the past and the present together. Bounds of packed sequences divide their tokens among `batch` of them, or more.
@@ -48,7 +50,7 @@ def make_inputs(graph: Graph, batch: int, length: int, seed: int, ragged: bool =
             out[name] = torch.randn(shape, generator=generator).to(dtype)
         elif "mask" in name and len(shape) == 2:
             lengths = torch.randint(1, shape[1] + 1, (shape[0],), generator=generator)
-            lengths[0] = shape[1]
+            lengths[0] = shape[1] if whole else max(shape[1] // 2, 1)
             mask = torch.arange(shape[1])[None] < lengths[:, None] if ragged else torch.ones(shape, dtype=torch.bool)
             out[name] = mask.to(dtype)
         else:
@@ -71,6 +73,10 @@ def make_cases(graph: Graph, seed: int = 0, sizes: Sequence[tuple[int, int]] = S
         if shapes not in seen:
             seen.add(shapes)
             cases.append(make_case(inputs, graph.run(inputs)))
+    if len(cases) == 1:
+        # Of static sizes: a single row would never be padded.
+        inputs = make_inputs(graph, *sizes[0], seed + len(sizes), whole=False)
+        cases.append(make_case(inputs, graph.run(inputs)))
     return cases
 
 

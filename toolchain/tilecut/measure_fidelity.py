@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,17 @@ ROWS = 1024
 SAME = 1e-4
 
 
+class Model(Protocol):
+    """What is compared: a graph, or an artifact in a session."""
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name."""
+        ...
+
+
 def measure_fidelity(
     dense: Graph,
-    pruned: Graph,
+    pruned: Model,
     batches: Sequence[Batch],
     cut: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
     general: Sequence[Batch] = (),
@@ -60,7 +68,7 @@ class _Mean:
 
 def _measure(
     dense: Graph,
-    pruned: Graph,
+    pruned: Model,
     batches: Sequence[Batch],
     cut: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
 ) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def measure_latency(
     threads = at.get("threads", 1)
     contenders = target.contenders(dense, folder, manifest, threads, scratch)
     if contenders is None:
-        return {"status": "not run", "why": f"the {target.name} target's device is not on this machine"}
+        return {"status": "not run", "why": f"the {target} target's device is not on this machine"}
     inputs = make_inputs(dense, at.get("batch", 1), at.get("sequence", 128), seed=5, ragged=False)
     arrays: dict[str, np.ndarray] = {k: v.numpy() for k, v in inputs.items()}
     runs: dict[str, Callable[[], object]] = {

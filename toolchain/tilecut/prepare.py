@@ -32,7 +32,7 @@ from tilecut_passes.legal_sizes import legal_sizes
 from tilecut_passes.rank_by_table import TableRanking, rank_by_table
 from tilecut_passes.score import IMPORTANCES, Ranking, score
 from tilecut_passes.score_gates import fisher_matrices
-from tilecut_runtime.errors import CaptureError, ConfigError
+from tilecut_runtime.errors import CalibrationError, CaptureError, ConfigError
 from tilecut_targets.cost_model import CostModel
 from tilecut_targets.target import Target
 
@@ -112,7 +112,12 @@ def prepare(
         every_group = find_groups(axes)
     if config is None:
         groups = [g for g in every_group if g.kind in PruneConfig().kinds]
-        return Prepared(model, target, dense, axes, groups, notes=list(dense.notes))
+        made = Prepared(model, target, dense, axes, groups, notes=list(dense.notes))
+        if target.needs_data:
+            with progress.stage("calibration"):
+                made.calibrated = load_calibration(calibration, dense, model, PruneConfig().sizes()["sequence"])
+                _check_data(made)
+        return made
     groups = _prunable(every_group, config, name, find_frozen(axes))
     made = Prepared(model, target, dense, axes, groups, notes=list(dense.notes))
     # What cannot be honoured is said before the long work.
@@ -124,6 +129,7 @@ def prepare(
         )
         if made.calibrated is not None:
             check_finite(dense, made.calibrated.fit)
+        _check_data(made)
     if config.max_latency_ms is not None or latency:
         with progress.stage("cost model"):
             made.latency = _cost_model(made, config, progress, needed=config.max_latency_ms is not None)
@@ -131,6 +137,16 @@ def prepare(
     with progress.stage(f"score ({made.method})"):
         _rank(made, config, sizes, progress)
     return made
+
+
+def _check_data(made: Prepared) -> None:
+    """Whether the quantization has the data that it needs."""
+    if made.target.needs_data and made.calibrated is None:
+        raise CalibrationError(
+            "quantize",
+            f"{made.target.quantize!r} takes the ranges of activations from calibration data, and there is none",
+            fix="give calibration, or quantize='int8', which takes them in the run",
+        )
 
 
 def _rank(made: Prepared, config: PruneConfig, sizes: Mapping[str, Sequence[int]], progress: Progress) -> None:
@@ -179,7 +195,7 @@ def _cost_model(made: Prepared, config: PruneConfig, progress: Progress, needed:
     if found is None and needed:
         raise ConfigError(
             "PruneConfig",
-            f"max_latency_ms is asked for, but the {made.target.name} target has no latency model",
+            f"max_latency_ms is asked for, but the {made.target} target has no latency model",
             fix="give sparsity, max_macs, max_params or max_bytes",
         )
     if found is not None:

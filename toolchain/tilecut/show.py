@@ -99,7 +99,11 @@ def report(console: Console, r: Mapping[str, Any]) -> None:
         for what in ("loss", "accuracy", "perplexity"):
             if f"dense_{what}" in task:
                 table.add_row(f"{what}, {where}", f"{task[f'dense_{what}']:.4f}", f"{task[f'pruned_{what}']:.4f}", "")
+    if r.get("quantization"):
+        _quantization_rows(table, r["quantization"])
     console.print(table)
+    if r.get("quantization"):
+        _quantization(console, r["quantization"])
     kept: dict[str, list[str]] = {}
     for group in r["groups"]:
         kept.setdefault(group["kind"], []).append(str(group["padded_to"] or group["kept"]))
@@ -108,6 +112,32 @@ def report(console: Console, r: Mapping[str, Any]) -> None:
     for note in [*r["notes"], *(f"{x['by']} left {x['node']} alone: {x['why']}" for x in r["refusals"])]:
         console.print(f"[yellow]note:[/] {plain(note)}", highlight=False, soft_wrap=True)
     rungs(console, [Rung(**v) for v in r["verification"]])
+
+
+def _quantization_rows(table: Table, q: Mapping[str, Any]) -> None:
+    """What quantization made of the pruned model: bytes, and agreement with the float32 models."""
+    size = q["bytes"]
+    table.add_row(
+        f"bytes of the model file, {q['how']}", "", f"{size['after']:,}", f"{size['after'] / size['before']:.3f} of fp32"
+    )
+    for to, fidelity in q.get("fidelity", {}).items():
+        for name, f in fidelity.items():
+            if name not in ("task", "general"):
+                what = f"cosine of {name}, {q['how']} {to.replace('_', ' ')}, held-out"
+                table.add_row(what, "1" if to == "to_dense" else "", f"{f['cosine']:.4f}", "")
+        task = fidelity.get("task", {})
+        for what in ("loss", "accuracy", "perplexity"):
+            if to == "to_dense" and f"dense_{what}" in task:
+                before, after = (f"{task[f'{which}_{what}']:.4f}" for which in ("dense", "pruned"))
+                table.add_row(f"{what}, {q['how']}, held-out", before, after, "")
+
+
+def _quantization(console: Console, q: Mapping[str, Any]) -> None:
+    """What was quantized, and what was not."""
+    done = ", ".join(f"{n} {what}" for what, n in q.items() if isinstance(n, int))
+    console.print(f"quantized ({q['how']}): {done}", highlight=False, soft_wrap=True)
+    for x in q["kept"]:
+        console.print(f"  float32: {plain(x['what'])} {x['shape']}: {plain(x['why'])}", highlight=False, soft_wrap=True)
 
 
 def front(console: Console, r: Mapping[str, Any]) -> None:
@@ -161,6 +191,8 @@ def manifest(console: Console, m: Manifest) -> None:
     console.print(
         f"[bold]{plain(m.model)}[/] for {m.target}, runtime {m.runtime}, compiled {m.created}", highlight=False
     )
+    if m.quantize is not None:
+        console.print(f"  quantized: {plain(m.quantize)}", highlight=False)
     for title, specs in (("input", m.inputs), ("output", m.outputs)):
         for spec in specs:
             console.print(f"  {title:6} {plain(str(spec))}", highlight=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_runtime.reference import Arrays
@@ -20,10 +19,10 @@ PRUNED, DENSE = "pruned artifact", "dense, same path"
 EXPORTED, OPTIMIZED, ONNXSCRIPT = (f"dense, {p.title}" for p in (peers.EXPORT, peers.ORT, peers.ONNXSCRIPT))
 
 
-def contend(lowering: Sequence[Pass], dense: Graph, artifact: Path, threads: int, scratch: Path) -> Contenders:
+def contend(passes: Sequence[Pass], dense: Graph, artifact: Path, threads: int, scratch: Path) -> Contenders:
     """Write the dense forms into `scratch` and open everything; a peer that fails is named with its reason."""
     fused = dense.copy()
-    run_passes(fused, [FuseAttention(), *lowering])
+    run_passes(fused, passes)
     # The dense model may call the ops itself, which torch has no ONNX form for.
     write_onnx(fused, scratch / "dense.onnx", ort_ops.ONNX_OPSET, DECOMPOSITIONS)
     runners: dict[str, Callable[[Arrays], object]] = {

@@ -29,7 +29,8 @@ from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.processor import processor_name
 from tilecut_targets.cache_cost_model import file_of, read_cost_model, write_cost_model
 from tilecut_targets.cost_model import CostModel, LayerTable, clock, fit
-from tilecut_targets.edge.time_samples import ROUNDS, Progress, Sample, cut, record, time_samples
+from tilecut_targets.edge.contend import plain_session
+from tilecut_targets.edge.time_samples import ROUNDS, OpenModel, Progress, Sample, cut, record, time_samples
 from tilecut_targets.export_program import example_inputs
 from tilecut_targets.target import Target
 
@@ -62,8 +63,14 @@ def measure_layers(
     lattice: Lattice,
     folder: Path | None,
     progress: Progress,
+    open_model: OpenModel = plain_session,
+    runtime: str | None = None,
 ) -> CostModel:
     """The cost model of a dense graph at the sizes of `at`, from `folder` where it is kept there.
+
+    Args:
+        open_model: opens a written model to be timed; by default in onnxruntime.
+        runtime: what that is, with its version, where it is not onnxruntime.
 
     Raises:
         ConfigError: there are no groups.
@@ -73,7 +80,7 @@ def measure_layers(
         raise ConfigError("latency", "no group of the model can be cut: there is no latency to choose")
     types = layer_types(target, axes, groups, sets, lattice)
     sizes, threads = sizes_at(dense, at), at.get("threads", 1)
-    key = cache_key(target, dense, types, sizes, threads)
+    key = cache_key(target, dense, types, sizes, threads) | ({"runtime": runtime} if runtime else {})
     note = None
     path = None if folder is None else file_of(Path(folder), key)
     if path is not None:
@@ -82,7 +89,7 @@ def measure_layers(
             return kept
         if kept is not None:
             note = f"latency: the kept cost model {path.name} was of no use ({kept}) and was measured again"
-    model = _measure(target, dense, groups, types, sizes, threads, lattice, progress)
+    model = _measure(target, dense, groups, types, sizes, threads, lattice, progress, open_model, runtime)
     if path is not None:
         write_cost_model(path, key, model)
     return replace(model, notes=(*model.notes, note)) if note else model
@@ -157,6 +164,7 @@ def cache_key(
         "onnxruntime": ort.__version__,
         "torch": torch.__version__,
         "target": str(target),
+        "quantize": target.quantize,
         "sizes": dict(sizes),
         "model": signature_of(dense),
         "layers": [[t.region.signature, [list(s) for s in t.sets], [list(g) for g in t.grid]] for t in types],
@@ -172,6 +180,8 @@ def _measure(
     threads: int,
     lattice: Lattice,
     progress: Progress,
+    open_model: OpenModel,
+    runtime: str | None,
 ) -> CostModel:
     runs = whole_models(target, lattice, groups, types)
     inputs = example_inputs(dense, dict(sizes))
@@ -191,7 +201,7 @@ def _measure(
             layers += [(names, table) for names in one.sets]
         facts = {
             "processor": processor_name(),
-            "onnxruntime": ort.__version__,
+            **({"runtime": runtime} if runtime else {"onnxruntime": ort.__version__}),
             "threads": threads,
             "sizes": dict(sizes),
             "clock": clock(threads),
@@ -199,7 +209,7 @@ def _measure(
         }
         return fit(layers, [(name, counts, ms[name]) for name, counts in runs.items()], facts)
 
-    return time_samples(target, samples, count, threads, evaluate, progress)
+    return time_samples(target, samples, count, threads, evaluate, progress, open_model)
 
 
 def whole_models(

@@ -6,33 +6,44 @@ import collections
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import onnx
 
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
+from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
-from tilecut_runtime.reference import Case
+from tilecut_runtime.reference import Case, drift_rungs
 from tilecut_runtime.session import onnx_runner
 from tilecut_targets.check_onnx import check_onnx
 from tilecut_targets.cost_model import CostModel
 from tilecut_targets.decompositions import DECOMPOSITIONS
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.contend import contend
+from tilecut_targets.edge.describe_emission import describe_emission
 from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_residual import LowerResidual
 from tilecut_targets.edge.measure_layers import measure_layers
+from tilecut_targets.edge.quantize_onnx import CALIBRATED, QUANTIZATIONS, quantize_onnx
 from tilecut_targets.target import Contenders, Target, Written, count_attentions, rung
 from tilecut_targets.unpack_attention import UnpackAttention
 from tilecut_targets.write_onnx import write_onnx
 
 MODEL = "model.onnx"
-FUSED_ATTENTION = ("Attention", "MultiHeadAttention")
+FUSED_ATTENTION = ("Attention", "MultiHeadAttention", "QAttention")
+# Part of a transformer -> why it has the form that is emitted.
+WHY = {
+    "attention": "com.microsoft's fused ops of onnxruntime's CPU provider: one node a layer, QKV packed at compile time",
+    "norms": "whole, and the residual before them spelled Sum: Add would become SkipLayerNormalization, slower on CPUs",
+    "rotary": "as torch's exporter writes it at opset 20, which has no op for it",
+    "activations": "the bias of the layer before goes into BiasGelu; the others as opset 20 has them",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,8 @@ class EdgeTarget(Target):
     runtime = "onnxruntime"
     block = 16
     tolerance = 1e-4
+    quantizations: ClassVar[Mapping[str, float]] = QUANTIZATIONS
+    calibrated: ClassVar[tuple[str, ...]] = CALIBRATED
 
     def __post_init__(self) -> None:
         if self.chip is not None:
@@ -56,38 +69,30 @@ class EdgeTarget(Target):
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """model.onnx at the folder's root."""
         write_onnx(lowered, folder / MODEL, ort_ops.ONNX_OPSET, DECOMPOSITIONS)
-        counts = count_ops(folder / MODEL)
-        fused_nodes = sum(counts[op] for op in FUSED_ATTENTION)
-        return Written(
-            {"model": MODEL},
-            {
-                "onnx_nodes": sum(counts.values()),
-                "fused_attention": fused_nodes,
-                "attention": count_attentions(fused),
-                "onnx_ops": dict(counts.most_common()),
-            },
-        )
+        return Written({"model": MODEL}, {"attention": count_attentions(fused), **_facts(folder / MODEL)})
+
+    def quantize_files(self, folder: Path, batches: Sequence[Batch]) -> dict[str, object]:
+        """model.onnx quantized in place."""
+        assert self.quantize is not None
+        record = quantize_onnx(folder / MODEL, self.quantize, batches)
+        return {**_facts(folder / MODEL), "quantization": record}
 
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
         """The ONNX checker, then onnxruntime against the pruned torch model."""
         checked = check_onnx(folder, MODEL)
         run = onnx_runner(folder, manifest, "model", None)
         names = [spec.name for spec in manifest.outputs]
-        error = max(case.error(dict(zip(names, run(case.inputs)))) for case in cases)
         sizes = ", ".join(case.size for case in cases)
-        return [
-            checked,
-            rung(
-                "artifact equals pruned model",
-                error,
-                self.tolerance,
-                f"onnxruntime against torch on ragged inputs of {sizes}",
-            ),
-        ]
+        detail = f"onnxruntime against torch on ragged inputs of {sizes}"
+        outputs = [dict(zip(names, run(case.inputs))) for case in cases]
+        if manifest.quantize is not None:
+            return [checked, *drift_rungs(cases, outputs, manifest.tolerance, detail)]
+        error = max(case.error(got) for case, got in zip(cases, outputs))
+        return [checked, rung("artifact equals pruned model", error, self.tolerance, detail)]
 
     def contenders(self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path) -> Contenders:
         """The dense model by this very path, as torch exports it, and after onnxruntime's own transformer optimizer."""
-        return contend(self.lowering, dense, folder / MODEL, threads, scratch)
+        return contend([*self.fusing, *self.lowering], dense, folder / MODEL, threads, scratch)
 
     def cost(
         self,
@@ -102,6 +107,16 @@ class EdgeTarget(Target):
     ) -> CostModel:
         """Measured on this machine, one layer of each type at a time; see `measure_layers`."""
         return measure_layers(self, dense, axes, groups, sets, at, lattice, folder, progress)
+
+
+def _facts(path: Path) -> dict[str, object]:
+    counts = count_ops(path)
+    return {
+        "onnx_nodes": sum(counts.values()),
+        "fused_attention": sum(counts[op] for op in FUSED_ATTENTION),
+        "onnx_ops": dict(counts.most_common()),
+        "emits": describe_emission(counts, WHY),
+    }
 
 
 def count_ops(path: Path) -> collections.Counter[str]:

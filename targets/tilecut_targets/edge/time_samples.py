@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, fx
 
 from tilecut_passes.axes.groups import Group
-from tilecut_passes.fuse_attention import FuseAttention
+from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph
 from tilecut_passes.layer_region import resizing
 from tilecut_passes.prune import Prune, as_cut
 from tilecut_passes.run_passes import run_passes
+from tilecut_runtime.reference import Arrays
 from tilecut_runtime.timing import time_interleaved
 from tilecut_targets.cost_model import TRUSTED, CostModel, latency_ms
 from tilecut_targets.edge.contend import plain_session
@@ -31,6 +32,8 @@ from tilecut_targets.target import Target
 ROUNDS, WARMUP = 30, 3
 
 Progress = Callable[[int, int], None]
+# Opens a written model on a number of threads.
+OpenModel = Callable[[Path, int], Callable[[Arrays], object]]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def time_samples(
     threads: int,
     evaluate: Callable[[Mapping[str, float]], CostModel],
     progress: Progress,
+    open_model: OpenModel = plain_session,
 ) -> CostModel:
     """Write every sample as the target writes artifacts, run all of them interleaved, and evaluate the milliseconds.
 
@@ -89,9 +93,9 @@ def time_samples(
     with tempfile.TemporaryDirectory() as scratch:
         runners: dict[str, Callable[[], object]] = {}
         for i, sample in enumerate(samples):
-            path = emit(target, sample.graph, Path(scratch) / str(i))
-            arrays = {name: x.numpy() for name, x in sample.inputs.items() if name in sample.graph.inputs}
-            session = plain_session(path, threads)
+            path = emit(target, sample.graph, sample.inputs, Path(scratch) / str(i))
+            arrays = {name: sample.inputs[name].numpy() for name in sample.graph.inputs}
+            session = open_model(path, threads)
             runners[sample.name] = lambda run=session, given=arrays: run(given)
             progress(i + 1, steps)
         gc.collect()
@@ -107,12 +111,27 @@ def time_samples(
         return model
 
 
-def emit(target: Target, graph: Graph, folder: Path) -> Path:
-    """The model file that a compile of this graph would write."""
+def sizes_of_inputs(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """The dynamic sizes that a graph's inputs have."""
+    shapes = {spec.name: spec.shape for spec in graph.input_specs()}
+    return {
+        dim: size
+        for name, shape in shapes.items()
+        for dim, size in zip(shape, inputs[name].shape)
+        if isinstance(dim, str) and dim in graph.ranges
+    }
+
+
+def emit(target: Target, graph: Graph, inputs: Mapping[str, Tensor], folder: Path) -> Path:
+    """The model file that a compile of this graph would write, to serve the sizes of `inputs`."""
     run_passes(graph, target.enforce())
     fused = graph.copy()
-    run_passes(fused, [FuseAttention()])
+    run_passes(fused, target.fusing)
+    fused.ranges = target.ranges(graph, sizes_of_inputs(graph, inputs))
     lowered = fused.copy()
     run_passes(lowered, target.lowering)
     folder.mkdir()
-    return folder / target.write(fused, lowered, folder).entry["model"]
+    written = target.write(fused, lowered, folder)
+    if target.quantize is not None:
+        target.quantize_files(folder, [Batch(dict(inputs))])
+    return folder / written.entry["model"]
