@@ -136,6 +136,24 @@ class Target(ABC):
         heads = (EnforcePowerOfTwoHeads(),) if powers else ()
         return (EnforceHeadWidth(multiple=self.head_width), *heads, EnforceBlockMultiple(block=self.block))
 
+    def decided(
+        self,
+        fused: Graph,
+        at: Mapping[str, int],
+        measure: bool,
+        folder: Path | None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Target:
+        """The target with what depends on the model decided, by measurement where `measure` allows it; itself by default.
+
+        Args:
+            fused: what `lowering` will start from; left as it is.
+            at: batch, sequence and threads of the run that is to be fast.
+            folder: where measurements are kept; None keeps none.
+            progress: told of steps done and steps in all.
+        """
+        return self
+
     @property
     def fusing(self) -> tuple[Pass, ...]:
         """All passes from a legal graph to the fused one that `lowering` starts from."""
@@ -166,6 +184,13 @@ class Target(ABC):
         self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path
     ) -> Contenders | None:
         """The artifact ("pruned artifact") and forms of the dense model to time it against; None where none can run here."""
+        return None
+
+    def floor(self, pruned: Graph, at: Mapping[str, int], scratch: Path) -> Callable[[Arrays], object] | None:
+        """A runner of the model's matrix products and nothing else in the target's runtime, for the floor of its latency.
+
+        None where that runtime is not here. `at` are batch, sequence and threads; files go to `scratch`.
+        """
         return None
 
     def cost(

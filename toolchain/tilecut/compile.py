@@ -14,7 +14,7 @@ from torch import nn
 
 from tilecut.artifact import MODULE, PLAN, Artifact
 from tilecut.check_lowered import check_lowered
-from tilecut.config import PruneConfig, find_config
+from tilecut.config import AT, PruneConfig, find_config
 from tilecut.copy_companions import copy_companions
 from tilecut.cut_model import CutModel, cut_model
 from tilecut.describe_machine import tool_versions
@@ -113,6 +113,9 @@ def emit(
         fused = pruned.copy()
         records += run_passes(fused, target.fusing, check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
         fused.ranges = served.ranges
+    with progress.stage("choose forms"):
+        kept = (config or PruneConfig()).cache_folder
+        target = target.decided(fused, {**AT, **plan.at}, measure, kept, progress.step)
     with progress.stage("lower"):
         lowered = fused.copy()
         records += run_passes(lowered, target.lowering)
@@ -169,7 +172,7 @@ def emit(
         latency: dict[str, Any] = {"status": "not measured"}
         if measure:
             with progress.stage("latency"), tempfile.TemporaryDirectory() as scratch:
-                latency = measure_latency(target, made.dense, folder, manifest, plan.at, Path(scratch), progress.step)
+                latency = measure_latency(target, made.dense, pruned, folder, manifest, plan.at, Path(scratch), progress.step)
         report = build_report(
             manifest,
             made,

@@ -17,12 +17,13 @@ from tilecut_targets.cost_model import clock, latency_ms
 from tilecut_targets.target import Target
 
 ROUNDS, WARMUP = 30, 3
-PRUNED = "pruned artifact"
+PRUNED, FLOOR = "pruned artifact", "pruned, products alone"
 
 
 def measure_latency(
     target: Target,
     dense: Graph,
+    pruned: Graph,
     folder: Path,
     manifest: Manifest,
     at: dict[str, int],
@@ -31,7 +32,8 @@ def measure_latency(
 ) -> dict[str, Any]:
     """Interleaved medians at the sizes of `at`, on `at["threads"]` threads.
 
-    `clock` says which of the times is the latency, as `max_latency_ms` means it.
+    `clock` says which of the times is the latency, as `max_latency_ms` means it; `times_floor` how many times as long the
+    artifact takes as the pruned model's matrix products alone.
     A target whose runtime is not on this machine is reported as not run, never guessed.
     """
     if dense.states:
@@ -45,6 +47,8 @@ def measure_latency(
     runs: dict[str, Callable[[], object]] = {
         name: (lambda run=run: run(arrays)) for name, run in contenders.runners.items()
     }
+    if (floor := target.floor(pruned, at, scratch)) is not None:
+        runs[FLOOR] = lambda: floor(arrays)
     runs["dense, torch eager"] = lambda: dense.run(inputs)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -52,18 +56,20 @@ def measure_latency(
         timings = time_interleaved(runs, ROUNDS, WARMUP, progress)
     finally:
         torch.set_num_threads(before)
+    ms = {name: latency_ms(t, threads) for name, t in timings.items()}
     return {
         "status": "measured",
         "at": dict(at),
         "clock": clock(threads),
         "rounds": ROUNDS,
         "failed": contenders.failed,
+        "times_floor": round(ms[PRUNED] / ms[FLOOR], 3) if FLOOR in ms else None,
         "contenders": {
             name: {
                 "cpu_ms": round(t.cpu_ms, 3),
                 "wall_ms": round(t.wall_ms, 3),
                 "p95_ms": round(t.p95_ms, 3),
-                "times_pruned": round(latency_ms(t, threads) / latency_ms(timings[PRUNED], threads), 3),
+                "times_pruned": round(ms[name] / ms[PRUNED], 3),
             }
             for name, t in timings.items()
         },

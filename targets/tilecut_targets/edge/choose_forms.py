@@ -5,7 +5,8 @@ writes artifacts, and run interleaved in plain sessions with the values that the
 times decides. The first form stays unless another is faster by `MARGIN`: within it, two measurements may differ.
 
 Where nothing is measured, `forms.json` is asked, which `benchmarks/measure_forms.py` made for a version of onnxruntime: the
-row of the same kind whose site is nearest in weights and in rows (batch times sequence). A choice that differs from what that table says is told.
+row of the same kind that is nearest in weights and in rows (batch times sequence). A choice that differs from what that
+table says is told.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tilecut_passes.run_passes import run_passes
 from tilecut_runtime.processor import processor_name
 from tilecut_runtime.timing import time_interleaved
 from tilecut_targets.cost_model import clock, latency_ms
-from tilecut_targets.decompose_attention import decomposed_attention
+from tilecut_targets.decompositions import DECOMPOSITIONS
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.contend import plain_session
 from tilecut_targets.edge.find_sites import find_sites
@@ -202,8 +203,7 @@ def write_form(site: Graph, kind: str, form: str, path: Path) -> Path:
     """A site in one of its forms, everything else in the first."""
     lowered = site.copy()
     run_passes(lowered, Forms(**{kind: form}).passes)
-    decompose = {torch.ops.tilecut.attention.default: decomposed_attention}
-    write_onnx(lowered, path, ort_ops.ONNX_OPSET, decompose)
+    write_onnx(lowered, path, ort_ops.ONNX_OPSET, DECOMPOSITIONS)
     return path
 
 
@@ -218,7 +218,7 @@ def shipped_row(kind: str, weights: int, rows: int, threads: int) -> dict[str, A
     version = read_table().get(".".join(ort.__version__.split(".")[:2]))
     if version is None:
         return None
-    held = [row for row in version["rows"] if row["kind"] == kind and row["threads"] == min(threads, 2)]
+    held = [row for row in version["rows"] if row["kind"] == kind and row["threads"] == threads]
     away = lambda row: sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in ((row["weights"], weights), (row["rows"], rows)))
     near = min(held, key=away, default=None)
     if near is None or away(near) > math.log(NEAR) or set(near["ms"]) != set(FORMS[kind]):

@@ -6,7 +6,6 @@ batches of [m, k] and [k, n]. No form of the model is faster under the same runt
 
 from __future__ import annotations
 
-import collections
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,21 +18,20 @@ from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
-from tilecut_runtime.reference import Case, drift_rungs
+from tilecut_runtime.reference import Arrays, Case, drift_rungs
 from tilecut_runtime.session import onnx_runner
 from tilecut_targets.check_onnx import check_onnx
 from tilecut_targets.cost_model import CostModel
 from tilecut_targets.decompositions import DECOMPOSITIONS
 from tilecut_targets.edge import ort_ops
+from tilecut_targets.edge.choose_forms import Chosen, choose_forms
 from tilecut_targets.edge.contend import contend
 from tilecut_targets.edge.describe_emission import describe_emission
-from tilecut_targets.edge.lower_attention import LowerAttention
-from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
-from tilecut_targets.edge.lower_residual import LowerResidual
+from tilecut_targets.edge.forms import Forms
+from tilecut_targets.edge.gemm_floor import products_runner, write_products
 from tilecut_targets.edge.measure_layers import measure_layers
 from tilecut_targets.edge.quantize_onnx import CALIBRATED, QUANTIZATIONS, quantize_onnx
 from tilecut_targets.target import Contenders, Target, Written, count_attentions, rung
-from tilecut_targets.unpack_attention import UnpackAttention
 from tilecut_targets.write_onnx import write_onnx
 
 MODEL = "model.onnx"
@@ -57,19 +56,35 @@ class EdgeTarget(Target):
     quantizations: ClassVar[Mapping[str, float]] = QUANTIZATIONS
     calibrated: ClassVar[tuple[str, ...]] = CALIBRATED
 
+    chosen: Chosen | None = field(default=None, compare=False, repr=False)
+
     def __post_init__(self) -> None:
         if self.chip is not None:
             raise ConfigError("target", "the edge target has no chips", got=f"edge:{self.chip}", wanted="'edge'")
 
     @property
     def lowering(self) -> tuple[Pass, ...]:
-        """Fused forms of onnxruntime's CPU provider."""
-        return (UnpackAttention(), LowerAttention(), LowerResidual(), LowerBiasGelu())
+        """The forms that were chosen, or the first of each kind."""
+        return (Forms() if self.chosen is None else self.chosen.forms).passes
+
+    def decided(
+        self,
+        fused: Graph,
+        at: Mapping[str, int],
+        measure: bool,
+        folder: Path | None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> EdgeTarget:
+        """With the fastest form of every kind of computation; what is quantized takes the first, which its rewrites know."""
+        if self.quantize is not None:
+            return self
+        return replace(self, chosen=choose_forms(fused, at, measure, folder, progress))
 
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """model.onnx at the folder's root."""
         write_onnx(lowered, folder / MODEL, ort_ops.ONNX_OPSET, DECOMPOSITIONS)
-        return Written({"model": MODEL}, {"attention": count_attentions(fused), **_facts(folder / MODEL)})
+        forms = {} if self.chosen is None else {"forms": {one.kind: one.as_json() for one in self.chosen.choices}}
+        return Written({"model": MODEL}, {"attention": count_attentions(fused), **_facts(folder / MODEL), **forms})
 
     def quantize_files(self, folder: Path, batches: Sequence[Batch]) -> dict[str, object]:
         """model.onnx quantized in place."""
@@ -93,6 +108,11 @@ class EdgeTarget(Target):
     def contenders(self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path) -> Contenders:
         """The dense model by this very path, as torch exports it, and after onnxruntime's own transformer optimizer."""
         return contend([*self.fusing, *self.lowering], dense, folder / MODEL, threads, scratch)
+
+    def floor(self, pruned: Graph, at: Mapping[str, int], scratch: Path) -> Callable[[Arrays], object] | None:
+        """The products in float32, whatever the artifact is quantized to."""
+        write_products(pruned, at, scratch / "products.onnx")
+        return products_runner(scratch / "products.onnx", at.get("threads", 1))
 
     def cost(
         self,
