@@ -182,6 +182,28 @@ def test_a_node_that_the_table_forbids_fails(emitted):
     assert (table.status, table.figure) == ("failed", 2) and "num_key_value_heads 0" in table.detail
 
 
+@pytest.mark.parametrize(
+    ("change", "files", "problem"),
+    [
+        ({"sparse_mode": 3}, (ATC_MODEL,), "graph/verify.onnx is no twin of graph/model_atc.onnx"),
+        # The twin names its function by an overload, which still says 0.
+        ({"sparse_mode": 3}, (ATC_MODEL, VERIFY_MODEL), "graph/verify.onnx is no twin of graph/model_atc.onnx"),
+        ({"pre_tokens": 0}, (ATC_MODEL,), "graph/verify.onnx is no twin of graph/model_atc.onnx"),
+        ({"sparse_mode": 7}, (ATC_MODEL, VERIFY_MODEL), "the sparse mode"),
+        ({"num_heads": 3, "num_key_value_heads": 2}, (ATC_MODEL,), "the heads of one KV head"),
+    ],
+)
+def test_an_altered_file_fails(emitted, change, files, problem, tmp_path):
+    folder = shutil.copytree(emitted.folder, tmp_path / "copy")
+    for name in files:
+        model = onnx.load(str(folder / name), load_external_data=False)
+        for one in [a for a in flash(model)[0].attribute if a.name in change]:
+            one.i = change[one.name]
+        onnx.save(model, str(folder / name))
+    (table, *_) = AscendTarget().verify(folder, emitted.manifest, emitted.cases[:1])
+    assert (table.status, table.figure) == ("failed", 1) and problem in table.detail
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_chip_is_named_in_the_script(emitted, chip, tmp_path):
     target = AscendTarget(chip)
