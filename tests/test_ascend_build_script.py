@@ -191,6 +191,10 @@ def test_outputs_that_differ_fail(machine):
         (("--fast",), "unknown option --fast"),
         (("--soc",), "--soc wants a value"),
         (("--sizes", "batch=1"), "sequence: name each of batch, sequence and no other"),
+        *(
+            (("--sizes", f"sequence=4 {word}"), f"--sizes: {word}: wanted a name and positive numbers")
+            for word in ("batch=1,x", "batch=0", "batch", "batch=1,", "batch=-1", "batch=1=2")
+        ),
         (("--sizes", f"batch={','.join(map(str, range(1, 102)))} sequence=4"), "101 profiles, and ATC takes 100"),
         (("--sizes", "batch=7 sequence=7"), "no case of ref/ has a shape that was built"),
     ],

@@ -1,6 +1,7 @@
 """target="ascend": the file for ATC, its twin that onnxruntime runs, and rungs that say what could not be run."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from tilecut_passes.fuse_rms_norm import FuseRmsNorm
 from tilecut_passes.fuse_rotary import FuseRotary
 from tilecut_passes.run_passes import largest_error
 from tilecut_runtime.errors import ArtifactError, ConfigError, LoweringError
+from tilecut_runtime.manifest import list_files
 from tilecut_runtime.session import load
 from tilecut_targets.ascend import npu_ops
 from tilecut_targets.ascend.build_script import SCRIPT, write_build_script
@@ -180,6 +182,30 @@ def test_a_twin_of_another_model_fails(emitted):
 def test_a_node_that_the_table_forbids_fails(emitted):
     (table, *_) = AscendTarget("Ascend310P3").verify(emitted.folder, emitted.manifest, emitted.cases[:1])
     assert (table.status, table.figure) == ("failed", 2) and "num_key_value_heads 0" in table.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "files", "problem"),
+    [
+        ({"sparse_mode": 3}, (ATC_MODEL,), "graph/verify.onnx is no twin of graph/model_atc.onnx"),
+        # The twin names its function by an overload, which still says 0.
+        ({"sparse_mode": 3}, (ATC_MODEL, VERIFY_MODEL), "graph/verify.onnx is no twin of graph/model_atc.onnx"),
+        ({"pre_tokens": 0}, (ATC_MODEL,), "graph/verify.onnx is no twin of graph/model_atc.onnx"),
+        ({"sparse_mode": 7}, (ATC_MODEL, VERIFY_MODEL), "the sparse mode"),
+        ({"num_heads": 3, "num_key_value_heads": 2}, (ATC_MODEL,), "the heads of one KV head"),
+    ],
+)
+def test_an_altered_file_fails(emitted, change, files, problem, tmp_path):
+    folder = shutil.copytree(emitted.folder, tmp_path / "copy")
+    for name in files:
+        model = onnx.load(str(folder / name), load_external_data=False)
+        for one in [a for a in flash(model)[0].attribute if a.name in change]:
+            one.i = change[one.name]
+        onnx.save(model, str(folder / name))
+    # With hashes that fit.
+    manifest = replace(emitted.manifest, files=list_files(folder))
+    (table, *_) = AscendTarget().verify(folder, manifest, emitted.cases[:1])
+    assert (table.status, table.figure) == ("failed", 1) and problem in table.detail
 
 
 @pytest.mark.parametrize("chip", CHIPS)

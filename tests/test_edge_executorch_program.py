@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from checks import bert_graph, emit, encoder_graph, text_batch
-from tilecut_runtime.errors import InputError, LoweringError
-from tilecut_runtime.executorch_runner import open_executorch, set_threads
+from tilecut_runtime.errors import ArtifactError, InputError, LoweringError
+from tilecut_runtime.executorch_runner import open_executorch
 from tilecut_runtime.session import load
 from tilecut_targets.edge.executorch_program import ExecuTorchTarget
 
@@ -65,7 +65,18 @@ def test_threads_size_the_pool_of_the_process(made):
     for threads in (2, 1):
         load(made.folder, threads=threads)
         assert _threadpool_get_thread_count() == threads
-    set_threads(1)
+
+
+def test_programs_that_are_open_together_share_the_number_of_threads(made):
+    held = load(made.folder, threads=1)
+    given = batch(2, 5, seed=1)
+    with pytest.raises(ArtifactError, match="one pool of threads for a process.*got threads=2; wanted threads=1"):
+        load(made.folder, threads=2)
+    before = held.run(given)
+    # The same number, or no wish, is no trouble.
+    again = [load(made.folder, threads=1), load(made.folder)]
+    for one in again:
+        assert all((one.run(given)[name] == before[name]).all() for name in before)
 
 
 class Sorts(torch.nn.Module):

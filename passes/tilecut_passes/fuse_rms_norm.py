@@ -1,4 +1,4 @@
-"""Replace RMS norms in every spelling by one `aten.rms_norm`.
+"""Replace RMS norms, written out, by one `aten.rms_norm`.
 
 Before: x * rsqrt(mean(x^2, -1, keepdim=True) + eps), or x / sqrt(..), the square as pow, square or x * x, the mean as a sum
 over the width, the statistics of x or of x in a wider type; then, where there is one, a product with a weight [H], whatever
@@ -6,7 +6,8 @@ the weight is made of (Gemma's 1 + w). Or aten._fused_rms_norm.
 After: aten.rms_norm(x, [H], weight, eps), without eps 0. In 16 bits x in float32, normalised and cast back is one op on x
 in 16 bits, with a weight of that type: it then rounds once, not twice. A weight that is multiplied in float32, before the
 cast, keeps the op in float32 between the casts.
-Left alone: a weight that is no vector over the last dimension stays a product behind the op. With the reason in
+Left alone: other spellings of the root (a norm, a clamp instead of eps); a weight that is no vector over the last dimension
+stays a product behind the op. With the reason in
 `graph.refusals`: a mean over other dimensions, a width that is not static, statistics that something else reads.
 
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467).

@@ -6,7 +6,8 @@ Before: x * cos + rotate(x) * sin, where rotate(x) is
 or, with tables half as wide, cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin) of the halves.
 After: tilecut::rotary(x, cos, sin, interleaved=..), x of four dimensions in either layout. Where only the first part of a
 head is turned, x is the slice. Tables half as wide are doubled, once for all that share them.
-Left alone, with the reason in `graph.refusals`: x of another rank, tables that do not broadcast to x or have another type.
+Left alone: tables half as wide of neighbours, two calls that make one table in a single embedding of halves. With the reason
+in `graph.refusals`: x of another rank, tables that do not broadcast to x or have another type.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
 """Run an edge artifact's `model.pte` in ExecuTorch's runtime, through its Python bindings.
 
-The bindings take torch tensors. ExecuTorch has one pool of threads for the whole process: `threads` sets it for every
-program that is open. A loaded method owns its memory, so that a lock keeps runs from different threads apart.
+The bindings take torch tensors. ExecuTorch has one pool of threads for the whole process, which a loaded program keeps:
+`threads` sets it where no program is open, and has to be the same for all that are open together. A loaded method owns
+its memory, so that a lock keeps runs from different threads apart.
 """
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,8 @@ def executorch_runner(folder: Path, manifest: Manifest, threads: int | None) -> 
         raise ArtifactError(
             str(folder), f"an {manifest.target} artifact runs on executorch, which is not installed", fix=EXTRA
         ) from e
+    except ArtifactError:
+        raise
     # Its bindings raise RuntimeError, and others where the file is no program.
     except Exception as e:
         raise ArtifactError(str(folder / name), f"executorch cannot open it: {first_line(e)}") from e
@@ -51,34 +56,58 @@ def executorch_runner(folder: Path, manifest: Manifest, threads: int | None) -> 
 def open_executorch(
     path: Path, inputs: Sequence[str], threads: int | None
 ) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
-    """A program's `forward`: arrays by name in, its results in order out."""
-    import torch
+    """A program's `forward`: arrays by name in, its results in order out.
 
+    Raises:
+        ArtifactError: another program is open with another number of threads.
+    """
     with warnings.catch_warnings():
         # Its bindings call themselves experimental.
         warnings.simplefilter("ignore")
         from executorch.runtime import Runtime
 
-    program = Runtime.get().load_program(path)
-    method = program.load_method("forward")
-    assert method is not None
-    alone = threading.Lock()
+    # A loaded program keeps the pool that it found.
     if threads is not None:
-        set_threads(threads)
+        _set_threads(path, threads)
+    program = _Program(Runtime.get().load_program(path), inputs)
+    _open.add(program)
+    return program
 
-    # The method lives as long as its program, which is held here.
-    def run(arrays: dict[str, np.ndarray], program: Any = program) -> list[np.ndarray]:
+
+class _Program:
+    """A loaded program; its method lives as long as it does."""
+
+    def __init__(self, program: Any, inputs: Sequence[str]):
+        self.program, self.method, self.inputs = program, program.load_method("forward"), inputs
+        self.alone = threading.Lock()
+        assert self.method is not None
+
+    def __call__(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+        import torch
+
         # A copy: torch takes neither negative strides nor, without a warning, read-only memory.
-        given = [torch.from_numpy(np.array(arrays[name], order="C")) for name in inputs]
-        with alone:
-            return [value.numpy().copy() for value in method.execute(given)]
-
-    return run
+        given = [torch.from_numpy(np.array(arrays[name], order="C")) for name in self.inputs]
+        with self.alone:
+            return [value.numpy().copy() for value in self.method.execute(given)]
 
 
-def set_threads(threads: int) -> None:
-    """Size ExecuTorch's pool of threads, which all programs of the process share."""
+# The programs that are in use, all of them on one pool of threads: without it they crash.
+_open: weakref.WeakSet[_Program] = weakref.WeakSet()
+
+
+def _set_threads(path: Path, threads: int) -> None:
     from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count, _unsafe_reset_threadpool
 
-    if _threadpool_get_thread_count() != threads:
-        _unsafe_reset_threadpool(threads)
+    has = _threadpool_get_thread_count()
+    if has == threads:
+        return
+    gc.collect()
+    if _open:
+        raise ArtifactError(
+            str(path),
+            "ExecuTorch has one pool of threads for a process, and other programs are open on it",
+            got=f"threads={threads}",
+            wanted=f"threads={has}",
+            fix="close the others first, or open all with the same number",
+        )
+    _unsafe_reset_threadpool(threads)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tilecut.find_lengths import find_lengths
 from tilecut.make_bounds import find_bounds
 from tilecut_passes.calibration import Batch
 from tilecut_passes.example_inputs import PAST_SEQUENCE
-from tilecut_passes.graph import Graph, is_call, size_at, source, symbols_of, value_of
+from tilecut_passes.graph import Graph, is_call, number_of, size_at, source, symbols_of, value_of
 from tilecut_runtime.reference import Case
 
 # (batch, length) of the cases; lengths are cut to what the model allows.
@@ -21,6 +22,7 @@ def make_inputs(
     graph: Graph, batch: int, length: int, seed: int, ragged: bool = True, whole: bool = True
 ) -> dict[str, Tensor]:
     """Random inputs: ids from the embedding that reads them, masks right-padded to random lengths (the first row `whole`).
+    Lengths are such numbers; with 0 a row would see no key, and what comes out then is no one's to say.
 
     Every dynamic size that is not the first of its inputs is `length`, within its own range; with a cache, `length` is
     the past and the present together. Bounds of packed sequences divide their tokens among `batch` of them, or more.
@@ -38,6 +40,7 @@ def make_inputs(
     for one in bounds.values():
         for symbol in symbols_of(one.size):
             sizes[graph.dims[symbol]] = _within(graph, graph.dims[symbol], one.count(batch, at) + 1)
+    places = find_lengths(graph)
     out = {}
     for name, node, spec in zip(graph.inputs, graph.placeholders, graph.input_specs(), strict=True):
         shape = [size_at(s, sizes) for s in spec.shape]
@@ -49,13 +52,22 @@ def make_inputs(
         elif dtype.is_floating_point:
             out[name] = torch.randn(shape, generator=generator).to(dtype)
         elif "mask" in name and len(shape) == 2:
-            lengths = torch.randint(1, shape[1] + 1, (shape[0],), generator=generator)
-            lengths[0] = shape[1] if whole else max(shape[1] // 2, 1)
+            lengths = _ragged(shape[0], shape[1], generator, whole)
             mask = torch.arange(shape[1])[None] < lengths[:, None] if ragged else torch.ones(shape, dtype=torch.bool)
             out[name] = mask.to(dtype)
+        elif name in places:
+            most = number_of(places[name], at)
+            out[name] = (_ragged(shape[0], most, generator, whole) if ragged else torch.full(shape, most)).to(dtype)
         else:
             out[name] = torch.randint(0, table_rows, shape, generator=generator).to(dtype)
     return out
+
+
+def _ragged(rows: int, most: int, generator: torch.Generator, whole: bool) -> Tensor:
+    """Random lengths of at least one; the first row is whole, or half of it."""
+    lengths = torch.randint(1, most + 1, (rows,), generator=generator)
+    lengths[0] = most if whole else max(most // 2, 1)
+    return lengths
 
 
 def _within(graph: Graph, name: str, wanted: int) -> int:

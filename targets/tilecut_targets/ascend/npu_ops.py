@@ -156,7 +156,8 @@ def illegal(node: onnx.NodeProto, family: str) -> str | None:
         "the lengths of keys": len(node.input) < 7 or row["actual_lengths"],
         "the layout": held["input_layout"].decode() in row["layouts"],
         "the number of heads": 1 <= held["num_heads"] <= row["heads"],
-        "the heads of one KV head": kv_heads == 0 or held["num_heads"] <= row["ratio"] * kv_heads,
+        "the heads of one KV head": kv_heads == 0
+        or (held["num_heads"] % kv_heads == 0 and held["num_heads"] <= row["ratio"] * kv_heads),
         "num_key_value_heads 0": kv_heads == 0 or not row.get("zero_kv_heads"),
         "the sparse mode": held["sparse_mode"] in row["sparse_modes"],
         "a mask in sparse modes": held["sparse_mode"] == 0 or masked,

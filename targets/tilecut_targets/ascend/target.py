@@ -242,10 +242,13 @@ class AscendTarget(Target):
         return check_kernels(folder)
 
     def _check_legality(self, folder: Path) -> Rung:
-        """Every fused node of the file for ATC against the chip's row of the table."""
-        model = onnx.load(str(folder / ATC_MODEL), load_external_data=False)
+        """Every fused node of the file for ATC against the chip's row of the table, and whether the twin is that file's."""
+        model, twin = (onnx.load(str(folder / name), load_external_data=False) for name in (ATC_MODEL, VERIFY_MODEL))
         found = fused_nodes(model)
         broken = [reason for node in found if (reason := illegal(node, self.npu.family)) is not None]
+        # What the twin shows is true of another file; a forbidden node may have no function at all.
+        if not broken and make_twin(model) != twin:
+            broken.append(f"{VERIFY_MODEL} is no twin of {ATC_MODEL}")
         counts = [sum(map(kind, found)) for kind in (npu_ops.is_fused, npu_norms.is_norm, npu_norms.is_rotary)]
         what = "{} fused attentions, {} norms and {} rotary embeddings".format(*counts)
         detail = f"{what} against the table for {self.soc} ({self.npu.family})"
