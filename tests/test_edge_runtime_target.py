@@ -182,7 +182,7 @@ def test_a_written_layer_runs_in_the_runtime(word, tmp_path):
 
     target = target_of(word)
     x = torch.randn(4, 12)
-    path = timing.emit(target, mlp_graph().copy(), tmp_path / "a", {"batch": 4})
+    path = timing.emit(target, mlp_graph().copy(), {"x": x}, tmp_path / "a")
     out = target.open_model(path, 1)({"x": x.numpy()})
     (got,) = out.values() if isinstance(out, dict) else out
     assert torch.allclose(torch.from_numpy(got), mlp_graph().run({"x": x})["output"], atol=1e-5)

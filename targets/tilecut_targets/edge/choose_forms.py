@@ -149,7 +149,7 @@ def representatives(sites: Sequence[Graph]) -> list[Graph]:
     """One site each of the smallest, the middle and the largest that differ."""
     different = {signature_of(site): site for site in reversed(sites)}
     ordered = sorted(different.values(), key=weights_of)
-    return [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})]
+    return [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})] if ordered else []
 
 
 def weights_of(site: Graph) -> int:

@@ -32,13 +32,13 @@ class LowerResidual:
         return count
 
     def match(self, node: object) -> bool:
-        """Whether a node adds two activations of one shape."""
+        """Whether a node adds two activations or inputs of one shape."""
         if not is_call(node, aten.add.Tensor) or node.kwargs or len(node.args) != 2:
             return False
         x, y = node.args
         return (
             isinstance(x, fx.Node)
             and isinstance(y, fx.Node)
-            and x.op == y.op == "call_function"
+            and "get_attr" not in (x.op, y.op)
             and sizes_of(value_of(x)) == sizes_of(value_of(y)) == sizes_of(value_of(node))
         )
