@@ -8,7 +8,7 @@ PY := $(ENV)/bin/python
 export HF_HUB_OFFLINE := 1
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-all test-wheel toolchain ecosystem lint types bench bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen models clean
+.PHONY: demo test test-all test-wheel toolchain ecosystem lint types bench bench-edge bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen models clean
 
 demo: $(ENV)/.demo  ## prune the real model for the edge target and show what came of it
 	$(PY) benchmarks/demo.py
@@ -53,6 +53,9 @@ bench: $(ENV)/.demo  ## the figures of benchmarks/RESULTS.md
 
 bench-pruning: $(ENV)/.bench  ## accuracy at four budgets, beside Kwon et al. and Torch-Pruning; three seeds
 	$(PY) benchmarks/bench_pruning.py
+
+bench-edge: $(ENV)/.dev  ## the edge target beside other exporters, optimizers and runtimes
+	$(PY) benchmarks/bench_edge.py
 
 bench-recipes: $(ENV)/.bench  ## half the parameters by four recipes: speed and accuracy
 	$(PY) benchmarks/bench_recipes.py
