@@ -410,9 +410,11 @@ def draw_lengths(sequences: int, longest: int, seed: int = 0) -> tuple[int, ...]
 
 def prepare_torch() -> None:
     """What both scripts set before the first kernel."""
+    import torch._functorch.config
+
     torch.set_float32_matmul_precision("high")
     # Kept, so that a compiled backward can run again.
-    torch._functorch.config.donated_buffer = False  # pyright: ignore[reportAttributeAccessIssue]
+    torch._functorch.config.donated_buffer = False
 
 
 def main() -> None:

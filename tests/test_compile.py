@@ -48,6 +48,7 @@ def test_every_stage_leaves_its_trace(edge_artifact):
         "reconstruct",
         "legalize",
         "fuse",
+        "choose forms",
         "lower",
         "write",
         "verify",
