@@ -30,21 +30,12 @@ def decomposed_attention(
     Raises:
         LoweringError: the attention drops weights, which a deployed graph does not.
     """
-    if dropout_p:
-        raise LoweringError(
-            "decomposed_attention", "dropout is for training", got=dropout_p, wanted=0.0, fix="call model.eval() first"
-        )
+    refuse_dropout("decomposed_attention", dropout_p)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
-    scores = (q * scale) @ k.transpose(-1, -2)
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + finite(bias)
     behind = keys_behind(q, k, causal)
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes[:, None, None] * behind.abs().to(q.dtype)
+    scores = scores_of(q, k, behind, bias, alibi_slopes, scale, softcap)
     dropped = []
     if max(window) >= 0:
         dropped.append(outside_window(behind, window, global_tokens))
@@ -55,6 +46,26 @@ def decomposed_attention(
     for mask in dropped:
         scores = scores.masked_fill(mask, torch.finfo(q.dtype).min)
     return torch.softmax(scores, -1) @ v
+
+
+def refuse_dropout(where: str, dropout_p: float) -> None:
+    """A deployed graph drops no weights."""
+    if dropout_p:
+        raise LoweringError(where, "dropout is for training", got=dropout_p, wanted=0.0, fix="call model.eval() first")
+
+
+def scores_of(
+    q: Tensor, k: Tensor, behind: Tensor, bias: Tensor | None, alibi_slopes: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """The scores [B, H, Sq, Sk] before anything is hidden, for as many KV heads as heads; `behind` is `keys_behind`'s."""
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + finite(bias)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[:, None, None] * behind.abs().to(q.dtype)
+    return scores
 
 
 def finite(bias: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tilecut_runtime.errors import LoweringError
-from tilecut_targets.decompose_attention import finite
+from tilecut_targets.decompose_attention import refuse_dropout, scores_of
 from tilecut_targets.window_bias import keys_behind, outside_window
 
 
@@ -35,24 +34,15 @@ def additive_attention(
     Raises:
         LoweringError: the attention drops weights, which a deployed graph does not.
     """
-    if dropout_p:
-        raise LoweringError(
-            "additive_attention", "dropout is for training", got=dropout_p, wanted=0.0, fix="call model.eval() first"
-        )
+    refuse_dropout("additive_attention", dropout_p)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         # Joined copies: the accelerators have Concat, and not all of them Expand.
         k, v = (torch.cat([x.unsqueeze(2)] * groups, 2).flatten(1, 2) for x in (k, v))
     # Half of a half for each of two masks: their sum and a score beside it are finite.
     least = torch.finfo(q.dtype).min / 4
-    scores = (q * scale) @ k.transpose(-1, -2)
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + finite(bias)
     behind = keys_behind(q, k, causal)
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes[:, None, None] * behind.abs().to(q.dtype)
+    scores = scores_of(q, k, behind, bias, alibi_slopes, scale, softcap)
     hidden = torch.zeros_like(behind, dtype=torch.bool)
     if max(window) >= 0:
         hidden = outside_window(behind, window, global_tokens)
