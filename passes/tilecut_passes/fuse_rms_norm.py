@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, source, value_of
+from tilecut_passes.graph import CASTS, Graph, Refusal, arguments, calls_before, is_call, source, value_of
 
 aten = torch.ops.aten
-CASTS = (aten._to_copy.default, aten.to.dtype)
 HALF = (torch.float16, torch.bfloat16)
 
 

@@ -33,6 +33,7 @@ PACKED_ATTENTION = torch.ops.tilecut.attention_varlen.default
 
 Returns = Literal["tensor", "tuple", "mapping"]
 Size = int | sympy.Expr
+CASTS = (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def source(node: fx.Node, index: int = 0) -> fx.Node:
 
 def before_casts(node: Any) -> Any:
     """What a value was before it was cast to other dtypes; the value itself where it was not."""
-    while is_call(node, torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype):
+    while is_call(node, *CASTS):
         node = source(node)
     return node
 

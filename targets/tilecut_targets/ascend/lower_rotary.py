@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from tilecut_passes.fuse_rms_norm import CASTS
-from tilecut_passes.graph import Graph, arguments, calls_before, is_call, size_of, sizes_of, source, value_of
+from tilecut_passes.graph import CASTS, Graph, arguments, calls_before, is_call, size_of, sizes_of, source, value_of
 from tilecut_runtime.npu_norms import ROTARY_MUL
 from tilecut_targets.ascend import npu_norms
 from tilecut_targets.ascend.legal_norms import FusedRotary, RotaryShape, choose_rotary
