@@ -20,6 +20,7 @@ from tilecut_passes.axes.infer import infer
 from tilecut_passes.count_macs import MacCounter
 from tilecut_passes.graph import Graph
 from tilecut_runtime.reference import Arrays
+from tilecut_targets.open_peers import open_session
 
 OPSET, IR = 20, 9
 
@@ -69,10 +70,7 @@ def write_products(graph: Graph, at: Mapping[str, int], path: Path) -> int:
 
 def products_runner(path: Path, threads: int) -> Callable[[Arrays], object]:
     """A runner of the file, whatever it is given; its results are not copied."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path, threads)
     rng = np.random.default_rng(1)
     feeds = {
         one.name: ort.OrtValue.ortvalue_from_numpy(rng.standard_normal(one.shape, np.float32))
