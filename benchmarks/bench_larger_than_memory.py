@@ -5,7 +5,7 @@ limit (page cache counts too) treats it. Where no such group can be made, which 
 limited and the output says so. Printed are seconds and, per stage, the peak of anonymous memory: what the kernel cannot
 drop. The model has random weights, so nothing is said about its quality.
 
-Run: python benchmarks/bench_larger_than_memory.py [--gigabytes 4] [--cap 2] [--whole]
+Run: python benchmarks/bench_larger_than_memory.py [--gigabytes 4] [--cap 2] [--whole [--target edge] [--no-refit]]
 """
 
 from __future__ import annotations
@@ -75,18 +75,25 @@ def main() -> None:
     parser.add_argument("--cap", type=float, default=2.0, help="gigabytes that the child may have")
     parser.add_argument("--batches", type=int, default=4, help=f"calibration batches of {ROWS} x {LENGTH} tokens")
     parser.add_argument("--whole", action="store_true", help="compile_pruned, instead of its stages up to the weights")
+    parser.add_argument("--target", default="cuda", help="of --whole")
+    parser.add_argument("--no-refit", action="store_true", help="with --whole: leave the layers as they were cut")
     parser.add_argument("--scratch", type=Path, help="folder on a disk; default: the system's for temporary files")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        treat = compile_whole if options.whole else run_stages
         folder, output = options.child
-        print(json.dumps(treat(folder, output, options.batches)))
+        if options.whole:
+            measured = compile_whole(folder, output, options.batches, options.target, not options.no_refit)
+        else:
+            measured = run_stages(folder, output, options.batches)
+        print(json.dumps(measured))
         return
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         size = make_checkpoint(Path(scratch) / "model", options.gigabytes)
         print(f"checkpoint {size / 1e9:.2f} GB, cap {options.cap:g} GB")
-        measured = run_child(Path(scratch), options.batches, options.whole, int(options.cap * 1e9))
+        more = ["--target", options.target, *(["--no-refit"] if options.no_refit else [])]
+        whole = ["--whole", *more] if options.whole else []
+        measured = run_child(Path(scratch), options.batches, whole, int(options.cap * 1e9))
     print(f"limited by {measured['limited']}, {measured['seconds']:.0f} s in all")
     if measured["group_peak"] is not None:
         print(f"most memory of the group, page cache included: {measured['group_peak'] / 1e9:.2f} GB")
@@ -126,10 +133,10 @@ def make_checkpoint(folder: Path, gigabytes: float, seed: int = 0) -> int:
     return size
 
 
-def run_child(scratch: Path, batches: int, whole: bool, cap: int | None) -> dict[str, Any]:
+def run_child(scratch: Path, batches: int, whole: list[str], cap: int | None) -> dict[str, Any]:
     """Run a child on `scratch/model` within `cap` bytes (None: no limit); what it measured."""
     command = [sys.executable, __file__, "--child", str(scratch / "model"), str(scratch / "out")]
-    command += ["--batches", str(batches), *(["--whole"] if whole else [])]
+    command += ["--batches", str(batches), *whole]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
     with control_group(cap) as group:
 
@@ -237,14 +244,14 @@ def run_stages(folder: Path, output: Path, batches: int) -> dict[str, Any]:
     return {"stages": stages.lines(), "layers": layers, "bytes": (output / WEIGHTS).stat().st_size}
 
 
-def compile_whole(folder: Path, output: Path, batches: int) -> dict[str, Any]:
+def compile_whole(folder: Path, output: Path, batches: int, target: str, refit: bool) -> dict[str, Any]:
     """`compile_pruned` with a folder to offload to."""
     stages = Stages()
     scratch = output.with_name("offload")
-    config = PruneConfig(sparsity=0.5, method="magnitude", at={"sequence": LENGTH}, offload=str(scratch))
+    config = PruneConfig(sparsity=0.5, method="magnitude", reconstruct=refit, at={"sequence": LENGTH}, offload=str(scratch))
     artifact = compile_pruned(
         folder,
-        "cuda",
+        target,
         calibration=made_up_batches(folder, batches),
         config=config,
         output=output,
@@ -254,7 +261,7 @@ def compile_whole(folder: Path, output: Path, batches: int) -> dict[str, Any]:
     passes = {p["name"]: p["rewrites"] for p in artifact.report["passes"]}
     return {
         "stages": stages.lines(),
-        "layers": passes["Reconstruct"],
+        "layers": passes.get("Reconstruct", 0),
         "bytes": (artifact.path / WEIGHTS).stat().st_size,
     }
 

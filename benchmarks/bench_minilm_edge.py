@@ -48,7 +48,7 @@ def time_all(artifact: Artifact, model: Any, threads: int, sequence: int, rounds
             def one_round(done: int, of: int) -> None:
                 advance(1)
 
-            return time_interleaved(runs, rounds, 10, one_round)
+            return time_interleaved(runs, rounds, 10, one_round, threads=threads)
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ import torch
 import transformers
 
 from tilecut_passes.capture import capture
-from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import run_passes
 from tilecut_runtime.processor import processor_name
@@ -27,6 +26,7 @@ from tilecut_runtime.timing import clock
 from tilecut_targets.edge.choose_forms import TABLE, fastest, read_table, representatives, time_forms, weights_of
 from tilecut_targets.edge.find_sites import find_sites
 from tilecut_targets.edge.forms import FORMS
+from tilecut_targets.edge.target import EdgeTarget
 from tilecut_targets.export_program import example_inputs
 
 LENGTHS, THREADS = (32, 128, 512), (1,)
@@ -50,7 +50,7 @@ def models() -> dict[str, Any]:
         "grouped decoder": transformers.LlamaModel(
             transformers.LlamaConfig(
                 hidden_size=512, intermediate_size=1408, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=2,
-                vocab_size=100, use_cache=False,
+                vocab_size=100, max_position_embeddings=512, use_cache=False,
             )
         ),
     }  # fmt: skip
@@ -86,7 +86,7 @@ def main() -> None:
     rows = []
     for name, model in models().items():
         graph = capture(model.eval())
-        run_passes(graph, [FuseAttention()])
+        run_passes(graph, EdgeTarget().fusing)
         for length in LENGTHS:
             for threads in THREADS:
                 for row in rows_of(graph, length, threads):

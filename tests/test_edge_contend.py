@@ -11,6 +11,7 @@ from checks import encoder_graph, mlp_graph, op_names, randomise
 from tilecut_passes.capture import capture
 from tilecut_runtime.attention import attention
 from tilecut_targets.edge.contend import DENSE, EXPORTED, ONNXSCRIPT, OPTIMIZED, PRUNED, contend, plain_session
+from tilecut_targets.edge.forms import Forms
 from tilecut_targets.edge.target import EdgeTarget, count_ops
 from tilecut_targets.peers import optimize, optimize_for_ort
 
@@ -23,7 +24,7 @@ def scratch(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(scratch):
     # Any file will do as the artifact, also one that is about to be written.
-    return contend([*EdgeTarget().fusing, *EdgeTarget().lowering], encoder_graph(), scratch / "dense.onnx", 1, scratch)
+    return contend(EdgeTarget().fusing, Forms(), encoder_graph(), scratch / "dense.onnx", 1, scratch)
 
 
 def test_every_form_runs_or_says_why_not(made):
@@ -83,7 +84,7 @@ def test_a_peer_that_breaks_is_a_result_with_its_reason_and_the_others_still_run
     # The peers cannot write where a folder is.
     (tmp_path / "optimized.onnx").mkdir()
     (tmp_path / "onnxscript.onnx").mkdir()
-    made = contend([*EdgeTarget().fusing, *EdgeTarget().lowering], graph, tmp_path / "dense.onnx", 1, tmp_path)
+    made = contend(EdgeTarget().fusing, Forms(), graph, tmp_path / "dense.onnx", 1, tmp_path)
     assert list(made.runners) == [PRUNED, DENSE, EXPORTED]
     assert list(made.failed) == [OPTIMIZED, ONNXSCRIPT]
     assert all("IsADirectoryError: " in why for why in made.failed.values())
@@ -98,8 +99,8 @@ def test_the_target_offers_them(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr("tilecut_targets.edge.target.contend", lambda *given: called.append(given))
     EdgeTarget().contenders(mlp_graph(), tmp_path, None, 3, tmp_path / "scratch")  # type: ignore[arg-type]
-    ((passes, _, artifact, threads, scratch),) = called
-    assert (passes, artifact) == ([*EdgeTarget().fusing, *EdgeTarget().lowering], tmp_path / "model.onnx")
+    ((passes, forms, _, artifact, threads, scratch),) = called
+    assert (passes, forms, artifact) == (EdgeTarget().fusing, Forms(), tmp_path / "model.onnx")
     assert (threads, scratch) == (3, tmp_path / "scratch")
 
 

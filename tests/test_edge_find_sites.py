@@ -3,17 +3,27 @@
 import pytest
 import torch
 
-from checks import bert_graph, encoder_graph, mlp_graph, op_names, text_batch
-from tilecut_passes.fuse_attention import FuseAttention
+from checks import bert_graph, encoder_graph, mlp_graph, op_names
+from norm_models import llama
+from tilecut.make_cases import make_inputs
+from tilecut_passes.capture import capture
 from tilecut_passes.run_passes import largest_error, run_passes
 from tilecut_targets.edge.find_sites import find_sites
 from tilecut_targets.edge.forms import FORMS
+from tilecut_targets.edge.target import EdgeTarget
 from tilecut_targets.edge.time_samples import record
+
+# Whose sites they are: an encoder's, a decoder's, or both's.
+ENCODER, DECODER = ("residual", "attention", "gelu"), ("residual", "norm", "rotary", "other_attention", "qkv", "gate")
+
+
+def llama_graph():
+    return capture(llama())
 
 
 def fused(graph):
     made = graph.copy()
-    run_passes(made, [FuseAttention()])
+    run_passes(made, EdgeTarget().fusing)
     return made
 
 
@@ -26,13 +36,31 @@ def test_what_a_site_holds():
     assert projections.split()[0] in sites["attention"][0]
     assert sites["gelu"] == ["linear gelu"] * 2
     assert sites["residual"] == ["add layer_norm"] * 4
+    assert [kind for kind in FORMS if sites[kind]] == list(ENCODER)
 
 
-@pytest.mark.parametrize("kind", list(FORMS))
-@pytest.mark.parametrize("make", [encoder_graph, bert_graph])
+def test_what_a_site_of_a_decoder_holds():
+    graph = fused(llama_graph())
+    sites = {kind: [op_names(site) for site in find_sites(graph, kind)] for kind in FORMS}
+    assert [kind for kind in FORMS if sites[kind]] == list(DECODER)
+    assert sites["residual"] == ["add rms_norm"] * 4 and sites["norm"] == ["rms_norm"] * 5
+    assert len(sites["rotary"]) == 4 and all(one.startswith("cat cos") and one.endswith("rotary") for one in sites["rotary"])
+    (attention, _) = sites["other_attention"]
+    assert [attention.split().count(op) for op in ("linear", "cat", "rotary", "attention")] == [3, 1, 2, 1]
+    assert [sorted(one.split()) for one in sites["qkv"]] == [["linear"] * 3 + ["reshape"] * 3 + ["sym_size"] * 2] * 2
+    assert sites["gate"] == ["linear silu linear mul"] * 2
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        *((make, kind) for make in (encoder_graph, bert_graph) for kind in ENCODER),
+        *((llama_graph, kind) for kind in DECODER),
+    ],
+)
 def test_a_site_computes_what_the_graph_does_there(make, kind):
     graph = fused(make())
-    given = {name: x for name, x in text_batch(2, 7, vocab=50).items() if name in graph.inputs}
+    given = make_inputs(graph, 2, 7, seed=1, ragged=True)
     sites = list(find_sites(graph, kind))
     assert sites
     for site in sites:

@@ -17,6 +17,8 @@ from tilecut_runtime.reference import Case
 from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_residual import LowerResidual
+from tilecut_targets.edge.lower_rms_norm import LowerRmsNorm
+from tilecut_targets.edge.lower_rotary import LowerRotary
 from tilecut_targets.edge.target import EdgeTarget, count_ops
 from tilecut_targets.unpack_attention import UnpackAttention
 
@@ -136,7 +138,10 @@ def test_a_file_that_is_no_onnx_does_not_pass(emitted, tmp_path):
 
 
 def test_lowering_is_one_visible_tuple():
-    assert EdgeTarget().lowering == (UnpackAttention(), LowerAttention(), LowerResidual(), LowerBiasGelu())
+    assert EdgeTarget().lowering == (
+        UnpackAttention(), LowerResidual(), LowerRmsNorm(), LowerRotary(), LowerAttention(packable=True),
+        LowerAttention(packable=False), LowerBiasGelu(),
+    )  # fmt: skip
 
 
 def test_a_model_without_attention_is_written_too(tmp_path):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tilecut_runtime.timing import Timing, time_interleaved
+from tilecut_runtime.timing import SETTLE, Timing, time_interleaved
 
 
 def test_a_round_runs_every_contender_once_in_order():
@@ -50,3 +50,11 @@ def test_the_figures_are_medians_and_a_percentile_of_the_counted_rounds(monkeypa
 def test_a_contender_that_fails_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         time_interleaved({"a": int, "b": lambda: 1 / 0})
+
+
+@pytest.mark.parametrize(("threads", "pauses"), [(1, 0), (2, 6)])
+def test_contenders_with_threads_wait_until_those_before_are_asleep(threads, pauses, monkeypatch):
+    slept = []
+    monkeypatch.setattr("tilecut_runtime.timing.time.sleep", slept.append)
+    time_interleaved({"a": int, "b": int}, rounds=2, warmup=1, threads=threads)
+    assert slept == [SETTLE] * pauses

@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+# Threads of a pool wait actively for a while after a run, on the cores that the next contender's threads want.
+SETTLE = 0.05
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -38,12 +41,19 @@ def time_interleaved(
     rounds: int = 30,
     warmup: int = 3,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    threads: int = 1,
 ) -> dict[str, Timing]:
-    """Run every contender once a round, for `rounds` counted rounds after `warmup` that are not counted."""
+    """Run every contender once a round, for `rounds` counted rounds after `warmup` that are not counted.
+
+    Where contenders have more than one of `threads`, each starts `SETTLE` seconds after the one before.
+    """
     cpu: dict[str, list[float]] = {name: [] for name in contenders}
     wall: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warmup + rounds):
         for name, run in contenders.items():
+            if threads > 1:
+                time.sleep(SETTLE)
             start_cpu, start = time.process_time(), time.perf_counter()
             run()
             end, end_cpu = time.perf_counter(), time.process_time()

@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import NameFixPass
 
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import LoweringError, first_line
@@ -67,6 +68,8 @@ def write_onnx(
     model = made.model
     _name_sizes(graph, model)
     _strip(model)
+    # The exporter may give two values one name where a function of ours was decomposed.
+    NameFixPass()(model)
     if finish is not None:
         finish(model)
     large = (

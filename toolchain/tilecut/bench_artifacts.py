@@ -377,6 +377,7 @@ def _time_point(
         rounds,
         WARMUP,
         step,
+        threads=threads,
     )
     # The first contender, if its numbers are right.
     base = next(iter(timings), None)

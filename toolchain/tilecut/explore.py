@@ -228,7 +228,7 @@ def _measure(
         arrays: dict[str, np.ndarray] = {name: value.numpy() for name, value in own.items()}
         runs[p.name] = lambda session=session, arrays=arrays: session.run(arrays)
     with progress.stage("latency"):
-        timings = time_interleaved(runs, ROUNDS, WARMUP, progress.step)
+        timings = time_interleaved(runs, ROUNDS, WARMUP, progress.step, threads=threads)
     for p in emitted:
         t = timings[p.name]
         p.measured = {"cpu_ms": round(t.cpu_ms, 3), "wall_ms": round(t.wall_ms, 3), "p95_ms": round(t.p95_ms, 3)}

@@ -53,7 +53,7 @@ def measure_latency(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        timings = time_interleaved(runs, ROUNDS, WARMUP, progress)
+        timings = time_interleaved(runs, ROUNDS, WARMUP, progress, threads=threads)
     finally:
         torch.set_num_threads(before)
     ms = {name: latency_ms(t, threads) for name, t in timings.items()}

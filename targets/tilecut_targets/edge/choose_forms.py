@@ -31,19 +31,16 @@ from tilecut_passes.run_passes import run_passes
 from tilecut_runtime.processor import processor_name
 from tilecut_runtime.timing import time_interleaved
 from tilecut_targets.cost_model import clock, latency_ms
-from tilecut_targets.decompositions import DECOMPOSITIONS
-from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.contend import plain_session
 from tilecut_targets.edge.find_sites import find_sites
-from tilecut_targets.edge.forms import FORMS, Forms
+from tilecut_targets.edge.forms import FORMS, Forms, write_forms
 from tilecut_targets.edge.measure_layers import sizes_at
 from tilecut_targets.edge.time_samples import record
 from tilecut_targets.export_program import example_inputs
 from tilecut_targets.keep_json import kept_file, read_kept, write_kept
-from tilecut_targets.write_onnx import write_onnx
 
 # Change it when what is measured changes: files of another format are not read.
-FORMAT = 1
+FORMAT = 2
 TABLE = "forms.json"
 ROUNDS, WARMUP = 30, 3
 MARGIN = 0.03
@@ -193,7 +190,8 @@ def time_forms(
                 session = plain_session(path, threads)
                 runners[f"{i} {form}"] = lambda run=session, x=arrays: run(x)
                 step(len(runners), steps)
-        timings = time_interleaved(runners, ROUNDS, WARMUP, lambda done, of: step(len(runners) + done, steps))
+        counted = lambda done, of: step(len(runners) + done, steps)
+        timings = time_interleaved(runners, ROUNDS, WARMUP, counted, threads=threads)
     return {
         form: sum(latency_ms(timings[f"{i} {form}"], threads) for i in range(len(samples))) for form in FORMS[kind]
     }
@@ -201,9 +199,9 @@ def time_forms(
 
 def write_form(site: Graph, kind: str, form: str, path: Path) -> Path:
     """A site in one of its forms, everything else in the first."""
-    lowered = site.copy()
-    run_passes(lowered, Forms(**{kind: form}).passes)
-    write_onnx(lowered, path, ort_ops.ONNX_OPSET, DECOMPOSITIONS)
+    lowered, forms = site.copy(), Forms(**{kind: form})
+    run_passes(lowered, forms.passes)
+    write_forms(lowered, path, forms)
     return path
 
 

@@ -9,22 +9,21 @@ from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_runtime.reference import Arrays
 from tilecut_targets import open_peers, peers
-from tilecut_targets.decompositions import DECOMPOSITIONS
-from tilecut_targets.edge import ort_ops
+from tilecut_targets.edge.forms import Forms, write_forms
 from tilecut_targets.target import Contenders
-from tilecut_targets.write_onnx import write_onnx
 
 PRUNED, DENSE = "pruned artifact", "dense, same path"
 # The peers that onnxruntime runs.
 EXPORTED, OPTIMIZED, ONNXSCRIPT = (f"dense, {p.title}" for p in (peers.EXPORT, peers.ORT, peers.ONNXSCRIPT))
 
 
-def contend(passes: Sequence[Pass], dense: Graph, artifact: Path, threads: int, scratch: Path) -> Contenders:
+def contend(
+    fusing: Sequence[Pass], forms: Forms, dense: Graph, artifact: Path, threads: int, scratch: Path
+) -> Contenders:
     """Write the dense forms into `scratch` and open everything; a peer that fails is named with its reason."""
-    fused = dense.copy()
-    run_passes(fused, passes)
-    # The dense model may call the ops itself, which torch has no ONNX form for.
-    write_onnx(fused, scratch / "dense.onnx", ort_ops.ONNX_OPSET, DECOMPOSITIONS)
+    lowered = dense.copy()
+    run_passes(lowered, [*fusing, *forms.passes])
+    write_forms(lowered, scratch / "dense.onnx", forms)
     runners: dict[str, Callable[[Arrays], object]] = {
         PRUNED: plain_session(artifact, threads),
         DENSE: plain_session(scratch / "dense.onnx", threads),

@@ -8,24 +8,61 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import MappingProxyType
 
+import onnx_ir as ir
+
+from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass
+from tilecut_targets.decompositions import DECOMPOSITIONS
+from tilecut_targets.edge import onnx_ops, ort_ops
+from tilecut_targets.edge.expand_rotary import expand_rotary
 from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_residual import LowerResidual
+from tilecut_targets.edge.lower_rms_norm import LowerRmsNorm
+from tilecut_targets.edge.lower_rotary import LowerRotary
+from tilecut_targets.edge.lower_standard_attention import LowerStandardAttention
+from tilecut_targets.edge.merge_products import MergeProducts
 from tilecut_targets.unpack_attention import UnpackAttention
+from tilecut_targets.write_onnx import write_onnx
 
-FORMS: Mapping[str, Mapping[str, tuple[Pass, ...]]] = MappingProxyType(
+
+@dataclass(frozen=True)
+class Form:
+    """The passes that write a form, and the opset that its ops need."""
+
+    passes: tuple[Pass, ...] = ()
+    opset: int = ort_ops.ONNX_OPSET
+
+
+# In the order in which they are lowered: a residual is found by its norm, and attention folds the heads that rotary
+# embeddings set apart.
+FORMS: Mapping[str, Mapping[str, Form]] = MappingProxyType(
     {
-        "attention": {
-            "Attention": (LowerAttention(),),
-            "MultiHeadAttention": (LowerAttention(packed=False),),
-            "MatMul and Softmax": (),
-        },
         # onnxruntime writes SkipLayerNormalization for an Add before a norm when it loads the file.
-        "residual": {"Sum": (LowerResidual(),), "Add": ()},
-        "gelu": {"BiasGelu": (LowerBiasGelu(),), "Gelu": ()},
+        "residual": {"Sum": Form((LowerResidual(),)), "Add": Form()},
+        # RMS norms.
+        "norm": {"SimplifiedLayerNormalization": Form((LowerRmsNorm(),)), "simpler ops": Form()},
+        "rotary": {"RotaryEmbedding": Form((LowerRotary(),)), "simpler ops": Form()},
+        # Self-attention whose queries, keys and values are equal layers of one input.
+        "attention": {
+            "Attention": Form((LowerAttention(packable=True),)),
+            "MultiHeadAttention": Form((LowerAttention(packed=False, packable=True),)),
+            "Attention of opset 23": Form((LowerStandardAttention(packable=True),), onnx_ops.PORTABLE_OPSET),
+            "MatMul and Softmax": Form(),
+        },
+        # The others: grouped queries, rotary embeddings, biases, two sequences.
+        "other_attention": {
+            "MultiHeadAttention": Form((LowerAttention(packable=False),)),
+            "Attention of opset 23": Form((LowerStandardAttention(packable=False),), onnx_ops.PORTABLE_OPSET),
+            "MatMul and Softmax": Form(),
+        },
+        # The layers of queries, keys and values that no Attention takes, and those of gated activations.
+        "qkv": {"a product each": Form(), "one product and Split": Form((MergeProducts("qkv"),))},
+        "gate": {"a product each": Form(), "one product and Split": Form((MergeProducts("gate"),))},
+        "gelu": {"BiasGelu": Form((LowerBiasGelu(),)), "Gelu": Form()},
     }
 )
 
@@ -34,8 +71,13 @@ FORMS: Mapping[str, Mapping[str, tuple[Pass, ...]]] = MappingProxyType(
 class Forms:
     """One form of every kind; the fields are FORMS' keys."""
 
-    attention: str = "Attention"
     residual: str = "Sum"
+    norm: str = "SimplifiedLayerNormalization"
+    rotary: str = "RotaryEmbedding"
+    attention: str = "Attention"
+    other_attention: str = "MultiHeadAttention"
+    qkv: str = "a product each"
+    gate: str = "a product each"
     gelu: str = "BiasGelu"
 
     def __post_init__(self) -> None:
@@ -47,6 +89,25 @@ class Forms:
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @property
+    def _chosen(self) -> list[Form]:
+        return [FORMS[kind][form] for kind, form in self.as_dict().items()]
+
+    @property
     def passes(self) -> tuple[Pass, ...]:
         """From a fused graph to these forms."""
-        return (UnpackAttention(), *(p for kind, form in self.as_dict().items() for p in FORMS[kind][form]))
+        return (UnpackAttention(), *(one for form in self._chosen for one in form.passes))
+
+    @property
+    def opset(self) -> int:
+        """What a file in these forms needs."""
+        return max(form.opset for form in self._chosen)
+
+
+def write_forms(lowered: Graph, path: Path, forms: Forms) -> ir.Model:
+    """A graph that was lowered to `forms` as an ONNX file of the opset that they need.
+
+    Raises:
+        LoweringError: an op has no ONNX form.
+    """
+    # From opset 23 on torch's exporter writes RotaryEmbedding of its own accord.
+    return write_onnx(lowered, path, forms.opset, DECOMPOSITIONS, finish=expand_rotary)

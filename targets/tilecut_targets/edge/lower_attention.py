@@ -37,9 +37,13 @@ class Projection:
 
 @dataclass(frozen=True)
 class LowerAttention:
-    """Every attention that onnxruntime has a fused op for becomes one; unless `packed`, all take the separate form."""
+    """Every attention that onnxruntime has a fused op for becomes one; unless `packed`, all take the separate form.
+
+    `packable` names those that are lowered: True those whose projection could be packed, False the others, None all.
+    """
 
     packed: bool = True
+    packable: bool | None = None
 
     def match(self, node: fx.Node) -> str | None:
         """Why neither fused op can express this attention, or None when one can."""
@@ -63,22 +67,35 @@ class LowerAttention:
         biases: dict[fx.Node, fx.Node] = {}
         windows: dict[tuple[Any, ...], fx.Node] = {}
         count = 0
-        for node in [n for n in graph.nodes if is_call(n, torch.ops.tilecut.attention.default)]:
+        for node in find_attentions(graph, self.packable):
             if reason := self.match(node):
                 graph.refusals.append(Refusal("LowerAttention", node.name, reason))
                 continue
             a = arguments(node)
             mask = _once(graph, node, a["key_padding"], masks, aten._to_copy.default, dtype=torch.int32)
-            parts = [p for name in "qkv" if (p := find_projection(graph, a[name])) is not None]
-            one = len(parts) == 3 and len({(p.source, p.weight.shape) for p in parts}) == 1
-            bias = _with_window(graph, node, _once(graph, node, a["bias"], biases, finite), windows)
-            if self.packed and one and bias is None:
+            if self.packed and (parts := packable_projections(graph, node)):
                 folded = _packed(graph, node, a, mask, parts)
             else:
+                bias = _with_window(graph, node, _once(graph, node, a["bias"], biases, finite), windows)
                 folded = _separate(graph, node, a, mask, bias)
             _replace(graph, node, folded)
             count += 1
         return count
+
+
+def find_attentions(graph: Graph, packable: bool | None) -> list[fx.Node]:
+    """The attentions whose projection can be packed (True), the others (False), or all (None)."""
+    found = [n for n in graph.nodes if is_call(n, torch.ops.tilecut.attention.default)]
+    return [n for n in found if packable is None or packable == bool(packable_projections(graph, n))]
+
+
+def packable_projections(graph: Graph, node: fx.Node) -> list[Projection]:
+    """The layers of an attention's q, k and v if one product can stand for them: equal ones of one input; or nothing."""
+    a = arguments(node)
+    if a["bias"] is not None or max(a["window"]) >= 0:
+        return []
+    parts = [p for name in "qkv" if (p := find_projection(graph, a[name])) is not None]
+    return parts if len(parts) == 3 and len({(p.source, p.weight.shape) for p in parts}) == 1 else []
 
 
 def find_projection(graph: Graph, heads: fx.Node) -> Projection | None:

@@ -1,8 +1,9 @@
-"""Spell the residual addition before a layer norm as Sum.
+"""Spell the residual addition before a layer norm or an RMS norm as Sum.
 
-Before: layer_norm(add(x, y)). After: layer_norm(Sum(x, y)). onnxruntime's default optimizer turns Add + LayerNorm into
-SkipLayerNormalization, which is several times slower than the two on CPU; it leaves Sum alone, so that the file is fast
-under a plain InferenceSession. Left alone: additions with broadcasting, alpha, or constants.
+Before: layer_norm(add(x, y)). After: layer_norm(Sum(x, y)). onnxruntime's default optimizer turns Add and norm into
+SkipLayerNormalization or SkipSimplifiedLayerNormalization, which is several times slower than the two on CPU; it leaves
+Sum alone, so that the file is fast under a plain InferenceSession. Left alone: additions with broadcasting, alpha, or
+constants.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from tilecut_passes.graph import Graph, is_call, sizes_of, source, value_of
 from tilecut_targets.edge import ort_ops
 
 aten = torch.ops.aten
+NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
 @dataclass(frozen=True)
 class LowerResidual:
-    """add before layer_norm becomes Sum."""
+    """add before a norm becomes Sum."""
 
     def __call__(self, graph: Graph) -> int:
         """Rewrite in place; returns the number of additions."""
         count = 0
         for node in list(graph.nodes):
-            if is_call(node, aten.layer_norm.default) and self.match(node.args[0]):
+            if is_call(node, *NORMS) and self.match(node.args[0]):
                 source(node).target = ort_ops.residual_sum
                 count += 1
         return count

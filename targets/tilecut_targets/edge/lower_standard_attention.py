@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, sizes_of, value_of
+from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, sizes_of, value_of
 from tilecut_targets.decompose_attention import finite
 from tilecut_targets.edge import onnx_ops
+from tilecut_targets.edge.lower_attention import find_attentions
 from tilecut_targets.window_bias import window_bias
 
 
 @dataclass(frozen=True)
 class LowerStandardAttention:
-    """Every attention that opset 23 has the op for becomes one."""
+    """Every attention that opset 23 has the op for becomes one; `packable` as for LowerAttention."""
+
+    packable: bool | None = None
 
     def match(self, node: fx.Node) -> str | None:
         """Why the op cannot express this attention, or None when it can."""
@@ -42,7 +45,7 @@ class LowerStandardAttention:
         """Lower in place; returns the number of attentions."""
         made: dict[str, fx.Node] = {}
         count = 0
-        for node in [n for n in graph.nodes if is_call(n, torch.ops.tilecut.attention.default)]:
+        for node in find_attentions(graph, self.packable):
             if reason := self.match(node):
                 graph.refusals.append(Refusal("LowerStandardAttention", node.name, reason))
                 continue

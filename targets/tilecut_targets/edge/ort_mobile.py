@@ -23,12 +23,10 @@ from tilecut_runtime.errors import LoweringError, first_line
 from tilecut_runtime.manifest import Rung
 from tilecut_runtime.reference import Arrays
 from tilecut_targets.check_onnx import check_onnx
-from tilecut_targets.decompositions import DECOMPOSITIONS
-from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.contend import plain_session
+from tilecut_targets.edge.forms import Forms, write_forms
 from tilecut_targets.edge.runtime_target import RuntimeTarget
 from tilecut_targets.edge.target import MODEL, WHY, EdgeTarget
-from tilecut_targets.write_onnx import write_onnx
 
 ORT_MODEL, OPERATORS = "model.ort", "required_operators.config"
 
@@ -48,15 +46,18 @@ class OrtMobileTarget(RuntimeTarget):
         return f"onnxruntime {ort.__version__}"
 
     @property
-    def lowering(self) -> tuple[Pass, ...]:
+    def fusions(self) -> tuple[Pass, ...]:
         """The edge target's."""
-        return EdgeTarget().lowering
+        return EdgeTarget().fusions
+
+    @property
+    def lowering(self) -> tuple[Pass, ...]:
+        """The edge target's first forms."""
+        return Forms().passes
 
     def emit(self, lowered: Graph, folder: Path) -> tuple[dict[str, str], dict[str, int]]:
         """model.onnx, and model.ort made of it."""
-        model = write_onnx(
-            lowered, folder / MODEL, ort_ops.ONNX_OPSET, DECOMPOSITIONS
-        )
+        model = write_forms(lowered, folder / MODEL, Forms())
         counts = collections.Counter(node.op_type for node in model.graph)
         convert_to_ort(folder / MODEL, folder / ORT_MODEL)
         write_operators(folder / ORT_MODEL, folder / OPERATORS)

@@ -67,3 +67,18 @@ def residual_sum(x: Tensor, y: Tensor) -> Tensor:
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """com.microsoft::BiasGelu: gelu(x + bias) with the error function; x [.., N], bias [N]."""
     return torch.onnx.ops.symbolic("com.microsoft::BiasGelu", (x, bias), dtype=x.dtype, shape=x.shape, version=1)
+
+
+def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """com.microsoft::RotaryEmbedding: x [B, H, S, D] or [B, S, H*D], tables [rows, D/2].
+
+    positions int64: [B, S] are the rows of the tables; [1] is the row of the first place, the others follow it.
+    """
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::RotaryEmbedding",
+        (x, positions, cos, sin),
+        attrs={"interleaved": int(interleaved)},
+        dtype=x.dtype,
+        shape=x.shape,
+        version=1,
+    )

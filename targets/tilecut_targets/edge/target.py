@@ -13,6 +13,8 @@ import onnx
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.calibration import Batch
+from tilecut_passes.fuse_rms_norm import FuseRmsNorm
+from tilecut_passes.fuse_rotary import FuseRotary
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
@@ -22,17 +24,14 @@ from tilecut_runtime.reference import Arrays, Case, drift_rungs
 from tilecut_runtime.session import onnx_runner
 from tilecut_targets.check_onnx import check_onnx
 from tilecut_targets.cost_model import CostModel
-from tilecut_targets.decompositions import DECOMPOSITIONS
-from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.choose_forms import Chosen, choose_forms
 from tilecut_targets.edge.contend import contend
 from tilecut_targets.edge.describe_emission import describe_emission
-from tilecut_targets.edge.forms import Forms
+from tilecut_targets.edge.forms import Forms, write_forms
 from tilecut_targets.edge.gemm_floor import products_runner, write_products
 from tilecut_targets.edge.measure_layers import measure_layers
 from tilecut_targets.edge.quantize_onnx import CALIBRATED, QUANTIZATIONS, quantize_onnx
 from tilecut_targets.target import Contenders, Target, Written, count_attentions, rung
-from tilecut_targets.write_onnx import write_onnx
 
 MODEL = "model.onnx"
 FUSED_ATTENTION = ("Attention", "MultiHeadAttention", "QAttention")
@@ -63,9 +62,19 @@ class EdgeTarget(Target):
             raise ConfigError("target", "the edge target has no chips", got=f"edge:{self.chip}", wanted="'edge'")
 
     @property
+    def fusions(self) -> tuple[Pass, ...]:
+        """RMS norms and rotary embeddings, which have forms of their own."""
+        return (FuseRmsNorm(), FuseRotary())
+
+    @property
+    def forms(self) -> Forms:
+        """Those that were chosen, or the first of each kind."""
+        return Forms() if self.chosen is None else self.chosen.forms
+
+    @property
     def lowering(self) -> tuple[Pass, ...]:
-        """The forms that were chosen, or the first of each kind."""
-        return (Forms() if self.chosen is None else self.chosen.forms).passes
+        """To the forms."""
+        return self.forms.passes
 
     def decided(
         self,
@@ -82,7 +91,7 @@ class EdgeTarget(Target):
 
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """model.onnx at the folder's root."""
-        write_onnx(lowered, folder / MODEL, ort_ops.ONNX_OPSET, DECOMPOSITIONS)
+        write_forms(lowered, folder / MODEL, self.forms)
         forms = {} if self.chosen is None else {"forms": {one.kind: one.as_json() for one in self.chosen.choices}}
         return Written({"model": MODEL}, {"attention": count_attentions(fused), **_facts(folder / MODEL), **forms})
 
@@ -107,7 +116,7 @@ class EdgeTarget(Target):
 
     def contenders(self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path) -> Contenders:
         """The dense model by this very path, as torch exports it, and after onnxruntime's own transformer optimizer."""
-        return contend([*self.fusing, *self.lowering], dense, folder / MODEL, threads, scratch)
+        return contend(self.fusing, self.forms, dense, folder / MODEL, threads, scratch)
 
     def floor(self, pruned: Graph, at: Mapping[str, int], scratch: Path) -> Callable[[Arrays], object] | None:
         """The products in float32, whatever the artifact is quantized to."""

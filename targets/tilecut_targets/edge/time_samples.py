@@ -101,7 +101,8 @@ def time_samples(
         gc.collect()
 
         def once(before: Mapping[str, float], done: int) -> dict[str, float]:
-            timings = time_interleaved(runners, ROUNDS, WARMUP, lambda i, of: progress(done + i, steps))
+            counted = lambda i, of: progress(done + i, steps)
+            timings = time_interleaved(runners, ROUNDS, WARMUP, counted, threads=threads)
             return {n: min(latency_ms(t, threads), before.get(n, np.inf)) for n, t in timings.items()}
 
         ms = once({}, count)

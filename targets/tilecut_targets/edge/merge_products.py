@@ -1,0 +1,106 @@
+"""Make one product of linear layers that read the same input.
+
+Before: linear(x, W1, b1), linear(x, W2, b2), .. of one x. After: the parts of linear(x, [W1; W2; ..], [b1; b2; ..]), which
+a Split cuts apart. Which layers:
+    qkv     those whose heads are set apart: a reshape to [B, S, H, D] alone reads each
+    gate    two whose outputs meet in a product, one of them behind an activation: SwiGLU and its like
+Layers without bias beside others get zeros. Left alone: a layer whose weight something else reads too, since merged it would
+be stored twice.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tilecut_passes.graph import Graph, arguments, calls_before, is_call, sizes_of, source, value_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class MergeProducts:
+    """Every group of layers that read one input becomes one layer; `of` says which, "qkv" or "gate"."""
+
+    of: str
+
+    def match(self, graph: Graph) -> list[list[fx.Node]]:
+        """The groups of layers, two or more each, in graph order."""
+        if self.of == "gate":
+            pairs = [find_gate(node) for node in graph.nodes]
+            return [pair for pair in pairs if pair and source(pair[0]) is source(pair[1]) and all(map(_whole, pair))]
+        groups: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if is_call(node, aten.linear.default) and _whole(node) and _sets_heads_apart(node):
+                groups.setdefault(source(node), []).append(node)
+        return [group for group in groups.values() if len(group) > 1]
+
+    def __call__(self, graph: Graph) -> int:
+        """Rewrite in place; returns the number of groups."""
+        groups = self.match(graph)
+        for group in groups:
+            merge(graph, group)
+        return len(groups)
+
+
+def find_gate(node: fx.Node) -> list[fx.Node] | None:
+    """The two layers whose outputs meet in `node`, one of them behind an activation, in graph order; or None."""
+    if not is_call(node, aten.mul.Tensor) or len(node.all_input_nodes) != 2:
+        return None
+    for gate, up in ((0, 1), (1, 0)):
+        activation, linear = source(node, gate), source(node, up)
+        if activation.op != "call_function" or len(activation.all_input_nodes) != 1 or is_call(activation, aten.linear.default):
+            continue
+        gated = activation.all_input_nodes[0]
+        if all(is_call(one, aten.linear.default) and len(one.users) == 1 for one in (gated, linear)) and gated is not linear:
+            return sorted((gated, linear))
+    return None
+
+
+def _whole(linear: fx.Node) -> bool:
+    """Whether a layer's tensors are the graph's own, and read by it alone."""
+    a = arguments(linear)
+    tensors = [one for one in (a["weight"], a["bias"]) if one is not None]
+    return all(one.op == "get_attr" and len(one.users) == 1 for one in tensors)
+
+
+def _sets_heads_apart(linear: fx.Node) -> bool:
+    users = list(linear.users)
+    return (
+        len(users) == 1
+        and is_call(users[0], aten.reshape.default)
+        and (value_of(linear).ndim, value_of(users[0]).ndim) == (3, 4)
+        and sizes_of(value_of(users[0]))[:2] == sizes_of(value_of(linear))[:2]
+    )
+
+
+def merge(graph: Graph, layers: list[fx.Node]) -> None:
+    """Put one layer in the place of `layers`, which read one input."""
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    for linear in layers:
+        a = arguments(linear)
+        weights.append(graph.tensor(str(a["weight"].target)).detach())
+        biases.append(None if a["bias"] is None else graph.tensor(str(a["bias"].target)).detach())
+    name = f"{layers[0].name}_merged"
+    weight = graph.add_tensor(f"{name}.weight", nn.Parameter(torch.cat(weights)))
+    bias: fx.Node | None = None
+    if any(one is not None for one in biases):
+        filled = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases)]
+        bias = graph.add_tensor(f"{name}.bias", nn.Parameter(torch.cat(filled)))
+    with calls_before(graph, layers[0]) as call:
+        made = call(aten.linear.default, source(layers[0]), weight, bias)
+        parts = _split(call, made, [len(w) for w in weights])
+    for linear, part in zip(layers, parts):
+        linear.replace_all_uses_with(part)
+        graph.fx.erase_node(linear)
+
+
+def _split(call: Callable[..., fx.Node], node: fx.Node, widths: list[int]) -> list[Any]:
+    pieces = call(aten.split_with_sizes.default, node, widths, -1)
+    return [call(operator.getitem, pieces, i) for i in range(len(widths))]
