@@ -8,15 +8,15 @@ needs. The form: https://onnxruntime.ai/docs/performance/model-optimizations/ort
 
 from __future__ import annotations
 
-import collections
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import onnxruntime as ort
 
+from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass
 from tilecut_runtime.errors import LoweringError, first_line
@@ -25,8 +25,9 @@ from tilecut_runtime.reference import Arrays
 from tilecut_targets.check_onnx import check_onnx
 from tilecut_targets.edge.contend import plain_session
 from tilecut_targets.edge.forms import Forms, write_forms
+from tilecut_targets.edge.quantize_onnx import CALIBRATED, QUANTIZATIONS, quantize_onnx
 from tilecut_targets.edge.runtime_target import RuntimeTarget
-from tilecut_targets.edge.target import MODEL, WHY, EdgeTarget
+from tilecut_targets.edge.target import MODEL, WHY, EdgeTarget, count_ops
 
 ORT_MODEL, OPERATORS = "model.ort", "required_operators.config"
 
@@ -38,6 +39,8 @@ class OrtMobileTarget(RuntimeTarget):
     chip: str | None = "ort-mobile"
     word: ClassVar[str] = "ort-mobile"
     runtime = "onnxruntime"
+    quantizations: ClassVar[Mapping[str, float]] = QUANTIZATIONS
+    calibrated: ClassVar[tuple[str, ...]] = CALIBRATED
     why: ClassVar[Mapping[str, str]] = WHY
 
     @property
@@ -57,11 +60,20 @@ class OrtMobileTarget(RuntimeTarget):
 
     def emit(self, lowered: Graph, folder: Path) -> tuple[dict[str, str], dict[str, int]]:
         """model.onnx, and model.ort made of it."""
-        model = write_forms(lowered, folder / MODEL, Forms())
-        counts = collections.Counter(node.op_type for node in model.graph)
+        write_forms(lowered, folder / MODEL, Forms())
+        return {"model": ORT_MODEL, "onnx": MODEL, "operators": OPERATORS}, self._convert(folder)
+
+    def quantize_files(self, folder: Path, batches: Sequence[Batch]) -> dict[str, object]:
+        """model.onnx quantized as the edge target does, and model.ort made of it anew."""
+        assert self.quantize is not None
+        record = quantize_onnx(folder / MODEL, self.quantize, batches)
+        return {**self.facts(self._convert(folder)), "quantization": record}
+
+    def _convert(self, folder: Path) -> dict[str, int]:
+        """Make the other files of model.onnx; returns how many nodes of each op that holds."""
         convert_to_ort(folder / MODEL, folder / ORT_MODEL)
         write_operators(folder / ORT_MODEL, folder / OPERATORS)
-        return {"model": ORT_MODEL, "onnx": MODEL, "operators": OPERATORS}, counts
+        return count_ops(folder / MODEL)
 
     def open_model(self, path: Path, threads: int) -> Callable[[Arrays], object]:
         """A plain session."""

@@ -5,6 +5,7 @@ Before: a file in float32. After, by the word of `QUANTIZATIONS`:
                     DynamicQuantizeLinear -> MatMulIntegerToFloat, QAttention
     int8-static     the same with ranges from calibration, as QuantizeLinear / DequantizeLinear pairs around MatMul (QDQ),
                     which other runtimes read too; attention is its projection, Split and MultiHeadAttention
+    int8-weights    the weights alone, for runtimes that round activations themselves: DequantizeLinear before MatMul
     int4, int4:128  weights of 4 bits with a scale and a zero point a block of 32 or 128 rows: MatMulNBits
     fp16            weights stored in 16 bits and cast when the file is loaded; the arithmetic stays float32
 Embedding tables of a megabyte and more become int8 a row; one that is also the weight of a product is stored once. Biases,
@@ -135,8 +136,8 @@ class _Rewrite:
             return False
         if how == "int8" or (how.startswith("int4") and product.weight in self.tied):
             self._dynamic(product)
-        elif ranges is not None:
-            self._static(product, ranges)
+        elif how == "int8-weights" or ranges is not None:
+            self._restored(product, ranges)
         else:
             self._weight_only(product, int(how.partition(":")[2] or 32))
         self.counts["attentions" if product.attention is not None else "products"] += 1
@@ -206,19 +207,23 @@ class _Rewrite:
             self.placed.add(names[0])
         return names
 
-    def _static(self, p: Product, ranges: Ranges) -> None:
+    def _restored(self, p: Product, ranges: Ranges | None) -> None:
+        """A product of weights restored from integers, and of activations rounded to `ranges` if there are any."""
         weight, scale = self._integers(p)
         zero = self.tensor(f"{scale}.zero", np.zeros(self._columns(p).scale.shape, np.int8))
         restored = self._once(f"{weight}.restored", "DequantizeLinear", [weight, scale, zero], axis=1)
-        held = ranges[p.x]
-        step, middle = self.tensor(f"{p.x}.scale", held.scale), self.tensor(f"{p.x}.zero", held.zero)
-        rounded = self._once(f"{p.x}.uint8", "QuantizeLinear", [p.x, step, middle])
-        x = self._once(f"{p.x}.rounded", "DequantizeLinear", [rounded, step, middle])
+        x = p.x if ranges is None else self._rounded(p.x, ranges)
         self._linear(p, lambda out: self.add("MatMul", [x, restored], [out]))
         # Of MatMul and Add onnxruntime makes a Gemm, which then runs in float32; it leaves Sum alone.
         for reader in self.tensors.readers[p.output]:
             if reader.op_type == "Add":
                 reader.op_type = "Sum"
+
+    def _rounded(self, x: str, ranges: Ranges) -> str:
+        held = ranges[x]
+        step, middle = self.tensor(f"{x}.scale", held.scale), self.tensor(f"{x}.zero", held.zero)
+        rounded = self._once(f"{x}.uint8", "QuantizeLinear", [x, step, middle])
+        return self._once(f"{x}.rounded", "DequantizeLinear", [rounded, step, middle])
 
     def _weight_only(self, p: Product, block: int) -> None:
         name = f"{p.weight}{'.T' if p.transposed else ''}.int4"
@@ -243,7 +248,7 @@ class _Rewrite:
             multiply(out)
         else:
             multiply(f"{p.output}.linear")
-            # No Add, for the reason that is given in `_static`.
+            # No Add, for the reason that is given in `_restored`.
             self.add("Sum", [f"{p.output}.linear", p.bias], [out])
         if p.attention is not None:
             parts = [f"{p.output}.{part}" for part in "qkv"]

@@ -20,7 +20,7 @@ from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_passes.search import Lattice
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
-from tilecut_runtime.reference import Arrays, Case
+from tilecut_runtime.reference import Arrays, Case, drift_rungs
 from tilecut_runtime.session import RUNTIMES, Session
 from tilecut_targets.cost_model import CostModel
 from tilecut_targets.edge.contend import DENSE, EXPORTED, PRUNED
@@ -78,21 +78,30 @@ class RuntimeTarget(Target):
             "runtime": self.version,
             "attention": count_attentions(fused),
             "sizes": {name: [limits.min, limits.max] for name, limits in lowered.ranges.items()},
-            "nodes": sum(counts.values()),
-            "ops": dict(sorted(counts.items(), key=lambda item: -item[1])),
-            "emits": describe_emission(counts, self.why),
+            **self.facts(counts),
             "cost_model": f"measured in {self.version}",
         }
         return Written(entry, facts)
+
+    def facts(self, counts: Mapping[str, int]) -> dict[str, object]:
+        """What a report says of a model that holds so many nodes of each op."""
+        return {
+            "nodes": sum(counts.values()),
+            "ops": dict(sorted(counts.items(), key=lambda item: -item[1])),
+            "emits": describe_emission(counts, self.why),
+        }
 
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
         """The format's own checker, then the runtime against the pruned torch model."""
         checked = self.check(folder)
         # The session that `load` opens.
         session: Session = RUNTIMES[self.runtime](folder, manifest, None, None)
-        error = max(case.error(session.run(case.inputs)) for case in cases)
+        outputs = [session.run(case.inputs) for case in cases]
         sizes = ", ".join(case.size for case in cases)
         detail = f"{session.how} against torch on ragged inputs of {sizes}"
+        if manifest.quantize is not None:
+            return [checked, *drift_rungs(cases, outputs, manifest.tolerance, detail)]
+        error = max(case.error(got) for case, got in zip(cases, outputs))
         return [checked, rung("artifact equals pruned model", error, self.tolerance, detail)]
 
     def contenders(
