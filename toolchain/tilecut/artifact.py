@@ -57,9 +57,8 @@ class Artifact:
 
         self.manifest.check_files(self.path)
         rungs = [Rung("hashes", "passed", f"{len(self.manifest.files)} files are as the manifest says")]
-        return rungs + find_target(self.manifest.target).verify(
-            self.path, self.manifest, read_cases(self.path, self.manifest)
-        )
+        target = find_target(self.manifest.target).quantized(self.manifest.quantize)
+        return rungs + target.verify(self.path, self.manifest, read_cases(self.path, self.manifest))
 
     def graph(self) -> Graph:
         """The pruned model as the compiler's graph, before fusion: what passes and exporters take."""
