@@ -2,9 +2,9 @@
 
     make bench-edge        or        python benchmarks/bench_edge.py [--rounds 40] [--threads 1,2] [--only minilm|base]
 
-Each model in one run, everything interleaved round by round: an artifact of half its MACs, that in int8, the dense model by
-our own path for onnxruntime and for OpenVINO, torch eager, torch.compile, torch's export, onnxruntime's and ONNX Script's
-optimizers on it, OpenVINO and ExecuTorch on torch's export. Batch 1, 128 tokens, medians; one thread counts CPU time, more
+Each model in one run, everything interleaved round by round: an artifact of half its MACs, that in int8 (of MiniLM, for
+onnxruntime and for OpenVINO), the dense model by our own path for onnxruntime and for OpenVINO, torch eager, torch.compile,
+torch's export, onnxruntime's and ONNX Script's optimizers on it, OpenVINO and ExecuTorch on torch's export. Batch 1, 128 tokens, medians; one thread counts CPU time, more
 count wall time. Prints the rows of RESULTS.md.
 """
 
@@ -99,9 +99,11 @@ def main() -> None:
                 half(model, "edge", scratch / "half", SECTIONS),
                 half(model, "edge", scratch / "half, int8", SECTIONS, quantize="int8"),
                 half(model, "edge:openvino", scratch / "half, OpenVINO", None),
+                half(model, "edge:openvino", scratch / "half, OpenVINO int8-static", SECTIONS, quantize="int8-static"),
             ]
             lines += ["", "all-MiniLM-L6-v2", "", *bench(model, folders, threads, options.rounds)]
-            lines.append(f"cosine of int8 to half on {TEXTS} texts: {cosine(folders[0], folders[1], model):.4f}")
+            for few in (folders[1], folders[3]):
+                lines.append(f"cosine of {few.name} to half on {TEXTS} texts: {cosine(folders[0], few, model):.4f}")
         if options.only != "minilm":
             model = scratch / "base"
             transformers.BertModel(transformers.BertConfig()).save_pretrained(model)

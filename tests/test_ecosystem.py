@@ -18,10 +18,9 @@ from tilecut import PruneConfig, compile_pruned
 CACHE = Path(os.environ.get("TILECUT_ECOSYSTEM", Path.home() / ".cache" / "tilecut" / "ecosystem"))
 PYTHON = CACHE / "bin" / "python"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.is_file(), reason="no environment of the ecosystem's loaders: run `make ecosystem`"),
-]
+pytestmark = pytest.mark.skipif(
+    not PYTHON.is_file(), reason="no environment of the ecosystem's loaders: run `make ecosystem`"
+)
 
 OPTIMUM = """
 import sys, json, numpy as np, torch

@@ -42,6 +42,7 @@ def test_the_page_is_self_contained_and_shows_every_figure(edge_artifact):
         *(rung["name"] for rung in report["verification"]),
         *(f"{row['cpu_ms']:.2f}" for row in report["latency"]["contenders"].values()),
         *report["seconds"],
+        human_bytes(report["peak_memory_bytes"]),
     ]
     for word in words:
         assert word in shown.text, word

@@ -193,10 +193,14 @@ def _check_cpu(folder: Path, manifest: Manifest, device: str | None) -> None:
         )
 
 
-def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | None, rest: bool = False) -> Runner:
+def onnx_runner(
+    folder: Path, manifest: Manifest, entry: str, threads: int | None, rest: bool = False, lean: bool = False
+) -> Runner:
     """A runner over onnxruntime's CPU provider for one of the artifact's ONNX files.
 
     Args:
+        lean: weights that lie beside the file stay there, mapped into memory: the session makes no copies of them in the
+            order that its kernels like, and is slower.
         rest: its threads rest between runs. By default they go on spinning for a while, ready for the next run, on cores
             that something else may be timed on.
     """
@@ -213,6 +217,8 @@ def onnx_runner(folder: Path, manifest: Manifest, entry: str, threads: int | Non
     options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
+    if lean:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if rest:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     try:

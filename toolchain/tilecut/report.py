@@ -15,6 +15,7 @@ from tilecut.config import PruneConfig
 from tilecut.cut_model import CutModel
 from tilecut.describe_machine import machine
 from tilecut.load_calibration import Calibration
+from tilecut.measure_memory import peak_bytes
 from tilecut.prepare import Prepared
 from tilecut_passes.count_macs import count_parameters
 from tilecut_passes.graph import Graph, Refusal
@@ -79,6 +80,8 @@ def build_report(
         "quantization": facts.get("quantization"),
         "emitted": {name: fact for name, fact in facts.items() if name != "quantization"},
         "notes": [*made.notes, *(calibration.notes if calibration else ()), *cut.notes],
+        # Pages of mapped files count.
+        "peak_memory_bytes": peak_bytes(),
         "seconds": {k: round(v, 2) for k, v in seconds.items()},
         "machine": machine(),
         "tools": manifest.tools,

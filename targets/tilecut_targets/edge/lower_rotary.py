@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from tilecut_passes.graph import CASTS, Graph, Refusal, arguments, calls_before, is_call, sizes_of, source, value_of
 from tilecut_targets.edge import ort_ops
+from tilecut_targets.edge.lower_attention import swaps_heads
 
 aten = torch.ops.aten
 # Ops that give every element from the elements of one place.
@@ -148,7 +149,7 @@ def _embedded(
 ) -> fx.Node:
     value, heads = value_of(x), _heads(node)
     assert heads is not None
-    apart = source(x) if heads == 1 and is_call(x, aten.transpose.int) and {*x.args[1:]} <= {1, 2, -2, -3} else None
+    apart = source(x) if heads == 1 and swaps_heads(x) else None
     if apart is None and heads == 1:
         return call(ort_ops.rotary, x, *tables, interleaved)
     flat = call(aten.flatten.using_ints, apart if apart is not None else x, 2, 3)

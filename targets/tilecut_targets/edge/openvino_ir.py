@@ -87,7 +87,7 @@ class OpenVinoTarget(RuntimeTarget):
             record: dict[str, object] = {"how": self.quantize, "weights": _halves(folder / IR), "kept": []}
         else:
             how = "int8-weights" if self.quantize == "int8" else self.quantize
-            record = quantize_onnx(source, how, batches) | {"how": self.quantize}
+            record = {**quantize_onnx(source, how, batches), "how": self.quantize}
             counts = convert(source, folder / IR, group=ROUNDED_TOGETHER.get(self.quantize))
         for left in folder.glob(f"{SOURCE}*"):
             left.unlink()
