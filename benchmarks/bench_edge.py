@@ -4,8 +4,8 @@
 
 Each model in one run, everything interleaved round by round: an artifact of half its MACs, that in int8 (of MiniLM, for
 onnxruntime and for OpenVINO), the dense model by our own path for onnxruntime and for OpenVINO, torch eager, torch.compile,
-torch's export, onnxruntime's and ONNX Script's optimizers on it, OpenVINO and ExecuTorch on torch's export. Batch 1, 128 tokens, medians; one thread counts CPU time, more
-count wall time. Prints the rows of RESULTS.md.
+torch's export, onnxruntime's and ONNX Script's optimizers on it, OpenVINO and ExecuTorch on torch's export. Batch 1, 128
+tokens, medians; one thread counts CPU time, more count wall time. Prints the rows of RESULTS.md.
 """
 
 from __future__ import annotations

@@ -64,8 +64,29 @@ def test_a_mobile_file_is_made_of_the_quantized_one(how, tmp_path):
     assert isinstance(ops, dict) and ops.get("MatMulIntegerToFloat", 0) + ops.get("MatMulNBits", 0) > 0
 
 
+def test_executorch_multiplies_int8(tmp_path):
+    config = PruneConfig(sparsity=0.3, method="magnitude", quantize="int8", at={"sequence": 16})
+    made = compiled("edge:executorch", tmp_path / "a", config=config, calibration=CALIBRATION, measure=True)
+    record, emitted = made.report["quantization"], made.report["emitted"]
+    layers = 13
+    assert record["products"] == layers == emitted["ops"]["xnnpack linear"]
+    assert 0 < emitted["ops"]["xnnpack quantized_decomposed.choose_qparams"] <= layers
+    assert record["bytes"]["after"] == (made.path / "model.pte").stat().st_size < record["bytes"]["before"]
+    assert sorted(p.name for p in made.path.glob("*.json")) == ["config.json", "manifest.json", "plan.json", "report.json"]
+    assert {r.status for r in made.verify()} == {"passed"}
+    assert len(made.report["latency"]["contenders"]) >= 3
+    for batch, length in ((1, 1), (3, 9)):
+        inputs = text_batch(batch, length)
+        rows = inputs["attention_mask"] != 0
+        want = made.module()(**inputs).last_hidden_state[rows]
+        got = torch.from_numpy(load(made.path, threads=1).run(inputs)["last_hidden_state"])[rows]
+        assert 1e-7 * want.norm() < (got - want).norm() < 0.1 * want.norm()
+
+
 def test_runtimes_without_quantizations_refuse_the_word():
-    for word in ("portable", "executorch", "qnn", "coreml"):
+    with pytest.raises(ConfigError, match=r"has no such quantization; got 'int4'"):
+        find_runtime("executorch").quantized("int4")
+    for word in ("portable", "qnn", "coreml"):
         with pytest.raises(ConfigError, match=r"has no such quantization; got 'int8'"):
             find_runtime(word).quantized("int8")
 

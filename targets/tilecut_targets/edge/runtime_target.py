@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -118,7 +118,7 @@ class RuntimeTarget(Target):
         for name, graph in ((DENSE, fused), (EXPORTED, exported)):
             place = scratch / str(len(runners))
             place.mkdir()
-            entry, _ = self.emit(graph, place)
+            entry, _ = replace(self, quantize=None).emit(graph, place)
             runners[name] = self.open_model(place / entry["model"], threads)
         return Contenders(runners)
 
