@@ -96,7 +96,7 @@ def by_hand(dense, pruned, batches) -> dict[str, float]:
 
 @pytest.mark.parametrize("left", [False, True])
 def test_perplexity_and_divergence_of_a_causal_model(left, monkeypatch):
-    monkeypatch.setattr(module, "ROWS", 4)
+    monkeypatch.setattr(module, "NUMBERS", 4 * 99)
     dense, pruned = causal_graph(0), causal_graph(1)
     batches = id_batches(left=left)
     got = measure_fidelity(dense, pruned, batches)["task"]

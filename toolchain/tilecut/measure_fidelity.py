@@ -20,8 +20,8 @@ from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph
 from tilecut_passes.measure_loss import task_loss
 
-# Positions whose logits are held in float64 at a time.
-ROWS = 1024
+# Numbers of an output that are held in float64 at a time, about ten times over.
+NUMBERS = 1 << 22
 # How far logits may move, relative to their magnitude, when a later token changes: rounding.
 SAME = 1e-4
 
@@ -111,8 +111,12 @@ def _measure(
 
 def _parts(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows in float64, some at a time: the logits of a large vocabulary do not fit twice."""
-    for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True):
+    for a, b in zip(x.split(_rows(x)), y.split(_rows(x)), strict=True):
         yield a.double(), b.double()
+
+
+def _rows(x: Tensor) -> int:
+    return max(1, NUMBERS // max(1, x.shape[-1]))
 
 
 def _divergence(dense: Tensor, pruned: Tensor) -> Tensor:
@@ -142,7 +146,8 @@ def _add_next_token(task: _Mean, which: str, logits: Tensor, batch: Batch) -> No
         # On the left of the first real token there is nothing to predict it from.
         labels = labels.masked_fill(mask == 0, IGNORED)
     counted = labels != IGNORED
-    for x, wanted in zip(logits[counted].split(ROWS), labels[counted].split(ROWS), strict=True):
+    rows = _rows(logits)
+    for x, wanted in zip(logits[counted].split(rows), labels[counted].split(rows), strict=True):
         task.add(f"{which}_perplexity", float(F.cross_entropy(x.double(), wanted, reduction="sum")), len(x))
 
 
