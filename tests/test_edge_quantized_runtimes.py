@@ -35,7 +35,7 @@ def constants(path):
 )
 def test_openvino_holds_few_bits_and_the_numbers_are_near(how, types, group, tmp_path):
     config = PruneConfig(sparsity=0.3, method="magnitude", quantize=how, at={"sequence": 16})
-    made = compiled("edge:openvino", tmp_path / "a", config=config, calibration=CALIBRATION)
+    made = compiled("edge:openvino", tmp_path / "a, b", config=config, calibration=CALIBRATION)
     assert types <= constants(made.path / IR)
     assert not list(made.path.glob(f"{SOURCE}*"))
     record = made.report["quantization"]

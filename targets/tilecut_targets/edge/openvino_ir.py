@@ -14,6 +14,7 @@ How activations are rounded stands in the file's runtime options, so that any Op
 from __future__ import annotations
 
 import collections
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,25 +73,28 @@ class OpenVinoTarget(RuntimeTarget):
         Raises:
             LoweringError: an op has no ONNX form, or OpenVINO has none for it.
         """
+        # Not in `folder`: OpenVINO takes a path with a comma for several.
         with tempfile.TemporaryDirectory() as scratch:
-            source = (Path(scratch) if self.quantize is None else folder) / SOURCE
+            source = Path(scratch) / SOURCE
             write_onnx(lowered, source, ort_ops.ONNX_OPSET, DECOMPOSITIONS)
             counts = convert(source, folder / IR)
+            if self.quantize is not None:
+                _move(source, folder)
         return {"model": IR, "weights": WEIGHTS}, counts
 
     def quantize_files(self, folder: Path, batches: Sequence[Batch]) -> dict[str, object]:
         """The IR anew, from the ONNX file quantized."""
         assert self.quantize is not None
-        source, before = folder / SOURCE, _bytes(folder)
-        if self.quantize == "fp16":
-            counts = convert(source, folder / IR, compress=True)
-            record: dict[str, object] = {"how": self.quantize, "weights": _halves(folder / IR), "kept": []}
-        else:
-            how = "int8-weights" if self.quantize == "int8" else self.quantize
-            record = {**quantize_onnx(source, how, batches), "how": self.quantize}
-            counts = convert(source, folder / IR, group=ROUNDED_TOGETHER.get(self.quantize))
-        for left in folder.glob(f"{SOURCE}*"):
-            left.unlink()
+        before = _bytes(folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            source = _move(folder / SOURCE, Path(scratch))
+            if self.quantize == "fp16":
+                counts = convert(source, folder / IR, compress=True)
+                record: dict[str, object] = {"how": self.quantize, "weights": _halves(folder / IR), "kept": []}
+            else:
+                how = "int8-weights" if self.quantize == "int8" else self.quantize
+                record = {**quantize_onnx(source, how, batches), "how": self.quantize}
+                counts = convert(source, folder / IR, group=ROUNDED_TOGETHER.get(self.quantize))
         record["bytes"] = {"before": before, "after": _bytes(folder)}
         return {**self.facts(counts), "quantization": record}
 
@@ -133,6 +137,13 @@ def convert(source: Path, path: Path, compress: bool = False, group: int | None 
     ov.save_model(model, path, compress_to_fp16=compress)
     counts = collections.Counter(op.get_type_name() for op in model.get_ops())
     return {op: n for op, n in counts.items() if op not in ENDS}
+
+
+def _move(source: Path, folder: Path) -> Path:
+    """An ONNX file and the weights beside it, in another folder."""
+    for part in list(source.parent.glob(f"{source.name}*")):
+        shutil.move(part, folder / part.name)
+    return folder / source.name
 
 
 def _halves(path: Path) -> int:
