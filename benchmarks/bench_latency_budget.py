@@ -61,7 +61,7 @@ def time_all(artifacts: Mapping[str, Artifact], at: Mapping[str, int], rounds: i
         def one_round(done: int, of: int) -> None:
             advance(1)
 
-        return time_interleaved(runs, rounds, 10, one_round, threads=at["threads"])
+        return time_interleaved(runs, rounds, 10, one_round)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from sections import SECTIONS, Judge, read_sections
 from tilecut import Artifact, PruneConfig, compile_pruned, load, show
 from tilecut.describe_machine import machine
 from tilecut_passes.capture import capture
-from tilecut_runtime.timing import Timing, time_interleaved
+from tilecut_runtime.timing import Timing, settle_of, time_interleaved
 from tilecut_targets.edge.contend import OPTIMIZED, PRUNED
 from tilecut_targets.find_target import find_target
 
@@ -48,7 +48,7 @@ def time_all(artifact: Artifact, model: Any, threads: int, sequence: int, rounds
             def one_round(done: int, of: int) -> None:
                 advance(1)
 
-            return time_interleaved(runs, rounds, 10, one_round, threads=threads)
+            return time_interleaved(runs, rounds, 10, one_round, settle=settle_of(threads))
 
 
 def main() -> None:

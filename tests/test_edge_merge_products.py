@@ -8,10 +8,10 @@ from checks import bert_graph, op_names, randomise, run_onnx
 from norm_models import llama
 from tilecut.make_cases import make_inputs
 from tilecut_passes.capture import capture
-from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.run_passes import largest_error, run_passes
 from tilecut_targets.edge.forms import Forms, write_forms
 from tilecut_targets.edge.merge_products import MergeProducts
+from tilecut_targets.edge.target import EdgeTarget
 
 
 class Gated(nn.Module):
@@ -61,7 +61,7 @@ def test_a_decoder_before_and_after(which, tmp_path):
     graph = capture(llama())
     forms = Forms(**{which: "one product and Split", "other_attention": "Attention of opset 23"})
     made = graph.copy()
-    records = run_passes(made, [FuseAttention(), *forms.passes])
+    records = run_passes(made, [*EdgeTarget().fusing, *forms.passes])
     assert [r.rewrites for r in records if r.name == "MergeProducts"] == [2]
     plain = op_names(graph).split().count("linear")
     assert op_names(made).split().count("linear") == plain - (4 if which == "qkv" else 2)
@@ -70,30 +70,55 @@ def test_a_decoder_before_and_after(which, tmp_path):
     assert largest_error(run_onnx(tmp_path / "m.onnx", x), graph.run(x)) < 1e-4
 
 
-def test_queries_keys_and_values_of_an_encoder():
-    made = bert_graph().copy()
-    groups = MergeProducts("qkv").match(made)
-    assert [len(group) for group in groups] == [3, 3]
-    run_passes(made, [MergeProducts("qkv")])
-    x = make_inputs(made, 2, 7, seed=3, ragged=False)
-    assert largest_error(made.run(x), bert_graph().run(x)) < 1e-5
-
-
-def test_a_layer_without_bias_beside_others_gets_zeros():
-    class Whisper(nn.Module):
+def test_an_activation_that_gates_two_layers_is_merged_with_the_first():
+    class Shared(nn.Module):
         def __init__(self):
             super().__init__()
-            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 4, bias=False)
+            self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(8, 12)
 
         def forward(self, x):
-            b, s, _ = x.shape
-            return {"q": self.q(x).view(b, s, 2, 4), "k": self.k(x).view(b, s, 1, 4)}
+            gate = nn.functional.silu(self.a(x))
+            return {"b": gate * self.b(x), "c": gate * self.c(x)}
 
-    graph = capture(randomise(Whisper()), torch.randn(2, 5, 8))
+    graph = capture(randomise(Shared()), torch.randn(2, 5, 8))
     made = graph.copy()
-    (record,) = run_passes(made, [MergeProducts("qkv")])
-    assert record.rewrites == 1 and op_names(made).split().count("linear") == 1
+    (record,) = run_passes(made, [MergeProducts("gate")])
+    assert record.rewrites == 1 and op_names(made).split().count("linear") == 2
     x = {"x": torch.randn(3, 4, 8)}
     assert largest_error(made.run(x), graph.run(x)) < 1e-6
-    bias = next(t for name, t in made.tensors.items() if name.endswith("merged.bias"))
-    assert torch.equal(bias[8:], torch.zeros(4))
+
+
+def test_layers_that_an_attention_packs_are_left_to_it():
+    made = bert_graph().copy()
+    run_passes(made, EdgeTarget().fusing)
+    assert MergeProducts("qkv").match(made) == []
+
+
+class Crossed(nn.Module):
+    """Two attentions to one other sequence: the keys and values of each are a group."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.k = nn.ModuleList(nn.Linear(8, 8, bias=i == 0) for i in range(2))
+        self.v = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x, y):
+        for q, k, v in zip(self.q, self.k, self.v):
+            heads = [layer(z).view(z.shape[0], z.shape[1], 2, 4).transpose(1, 2) for layer, z in ((q, x), (k, y), (v, y))]
+            x = x + nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return {"out": x}
+
+
+def test_keys_and_values_of_each_attention_are_a_group_and_missing_biases_are_zeros():
+    dims = {"x": {0: "batch", 1: "queries"}, "y": {0: "batch", 1: "keys"}}
+    graph = capture(randomise(Crossed()), {"x": torch.randn(2, 5, 8), "y": torch.randn(2, 7, 8)}, dims)
+    made = graph.copy()
+    run_passes(made, EdgeTarget().fusing)
+    assert [len(group) for group in MergeProducts("qkv").match(made)] == [2, 2]
+    run_passes(made, [MergeProducts("qkv")])
+    assert op_names(made).split().count("linear") == 4
+    x = {"x": torch.randn(3, 4, 8), "y": torch.randn(3, 6, 8)}
+    assert largest_error(made.run(x), graph.run(x)) < 1e-5
+    second = [t for name, t in sorted(made.tensors.items()) if name.endswith("merged.bias")][1]
+    assert torch.equal(second[:8], torch.zeros(8))

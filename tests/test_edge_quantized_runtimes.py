@@ -4,11 +4,13 @@ import openvino as ov
 import pytest
 import torch
 
-from checks import compiled, emit, text_batch, tiny_bert
+from checks import compiled, emit, text_batch
+from norm_models import llama
 from tilecut import PruneConfig, load
-from tilecut_passes.calibration import Batch
+from tilecut.make_cases import make_inputs
 from tilecut_passes.capture import capture
 from tilecut_runtime.errors import ConfigError
+from tilecut_runtime.openvino_runner import open_openvino
 from tilecut_targets.edge.find_runtime import find_runtime
 from tilecut_targets.edge.openvino_ir import IR, SOURCE
 
@@ -53,15 +55,31 @@ def test_openvino_holds_few_bits_and_the_numbers_are_near(how, types, group, tmp
     assert 1e-7 * want.norm() < (got - want).norm() < made.manifest.tolerance * want.norm()
 
 
-@pytest.mark.parametrize("how", ["int8", "int4"])
+@pytest.mark.parametrize("how", ["int8", "int8-static", "int4"])
 def test_a_mobile_file_is_made_of_the_quantized_one(how, tmp_path):
-    target = find_runtime("ort-mobile").quantized(how)
-    made = emit(target, capture(tiny_bert(neurons=64)), tmp_path / "a")
-    before = (made.folder / "model.ort").stat().st_size
-    facts = target.quantize_files(made.folder, [Batch(b) for b in CALIBRATION])
-    assert (made.folder / "model.ort").stat().st_size < before
-    ops = facts["ops"]
-    assert isinstance(ops, dict) and ops.get("MatMulIntegerToFloat", 0) + ops.get("MatMulNBits", 0) > 0
+    config = PruneConfig(sparsity=0.3, method="magnitude", quantize=how, at={"sequence": 16})
+    made = compiled("edge:ort-mobile", tmp_path / "a", config=config, calibration=CALIBRATION)
+    sizes, ops = made.report["quantization"]["bytes"], made.report["emitted"]["ops"]
+    assert sizes["after"] == (made.path / "model.ort").stat().st_size < sizes["before"]
+    assert sum(ops.get(op, 0) for op in ("MatMulIntegerToFloat", "QuantizeLinear", "MatMulNBits")) > 0
+    assert {r.status for r in made.verify()} == {"passed"}
+
+
+def test_a_mobile_file_is_not_stored_in_16_bits():
+    with pytest.raises(ConfigError, match=r"the edge:ort-mobile target has no such quantization; got 'fp16'"):
+        find_runtime("ort-mobile").quantized("fp16")
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+def test_a_head_that_is_the_table_is_read_by_openvino(how, tmp_path):
+    graph = capture(llama(tie_word_embeddings=True))
+    target = find_runtime("openvino").quantized(how)
+    made = emit(target, graph, tmp_path / "a")
+    target.quantize_files(made.folder, [])
+    run = open_openvino(made.folder / IR, 1)
+    x = make_inputs(graph, 2, 7, seed=1, ragged=False)
+    want, got = graph.run(x)["logits"], torch.from_numpy(run({k: v.numpy() for k, v in x.items()})["logits"])
+    assert 1e-6 * want.norm() < (got - want).norm() < target.limit * want.norm()
 
 
 def test_executorch_multiplies_int8(tmp_path):
@@ -70,6 +88,7 @@ def test_executorch_multiplies_int8(tmp_path):
     record, emitted = made.report["quantization"], made.report["emitted"]
     layers = 13
     assert record["products"] == layers == emitted["ops"]["xnnpack linear"]
+    assert "embeddings.word_embeddings.weight" in {one["what"] for one in record["kept"]}
     assert 0 < emitted["ops"]["xnnpack quantized_decomposed.choose_qparams"] <= layers
     assert record["bytes"]["after"] == (made.path / "model.pte").stat().st_size < record["bytes"]["before"]
     assert sorted(p.name for p in made.path.glob("*.json")) == ["config.json", "manifest.json", "plan.json", "report.json"]

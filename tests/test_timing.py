@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tilecut_runtime.timing import SETTLE, Timing, time_interleaved
+from tilecut_runtime.timing import SETTLE, Timing, settle_of, time_interleaved
 
 
 def test_a_round_runs_every_contender_once_in_order():
@@ -56,5 +56,5 @@ def test_a_contender_that_fails_is_not_hidden():
 def test_contenders_with_threads_wait_until_those_before_are_asleep(threads, pauses, monkeypatch):
     slept = []
     monkeypatch.setattr("tilecut_runtime.timing.time.sleep", slept.append)
-    time_interleaved({"a": int, "b": int}, rounds=2, warmup=1, threads=threads)
+    time_interleaved({"a": int, "b": int}, rounds=2, warmup=1, settle=settle_of(threads))
     assert slept == [SETTLE] * pauses

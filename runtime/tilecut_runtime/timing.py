@@ -31,6 +31,11 @@ def clock(threads: int) -> str:
     return "cpu" if threads == 1 else "wall"
 
 
+def settle_of(threads: int) -> float:
+    """How long contenders with so many threads should wait for each other, where some of their pools wait actively."""
+    return SETTLE if threads > 1 else 0.0
+
+
 def latency_ms(timing: Timing, threads: int) -> float:
     """A timing as a latency."""
     return timing.cpu_ms if clock(threads) == "cpu" else timing.wall_ms
@@ -42,18 +47,18 @@ def time_interleaved(
     warmup: int = 3,
     progress: Callable[[int, int], None] | None = None,
     *,
-    threads: int = 1,
+    settle: float = 0.0,
 ) -> dict[str, Timing]:
     """Run every contender once a round, for `rounds` counted rounds after `warmup` that are not counted.
 
-    Where contenders have more than one of `threads`, each starts `SETTLE` seconds after the one before.
+    Each starts `settle` seconds after the one before; see `settle_of`.
     """
     cpu: dict[str, list[float]] = {name: [] for name in contenders}
     wall: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warmup + rounds):
         for name, run in contenders.items():
-            if threads > 1:
-                time.sleep(SETTLE)
+            if settle:
+                time.sleep(settle)
             start_cpu, start = time.process_time(), time.perf_counter()
             run()
             end, end_cpu = time.perf_counter(), time.process_time()

@@ -91,7 +91,7 @@ class Target(ABC):
         if how not in self.quantizations:
             raise ConfigError(
                 "quantize",
-                f"the {self.name} target has no such quantization",
+                f"the {self} target has no such quantization",
                 got=repr(how),
                 wanted=" or ".join(map(repr, (*self.quantizations, None))),
             )

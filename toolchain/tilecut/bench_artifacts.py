@@ -28,7 +28,7 @@ from tilecut.progress import Progress
 from tilecut_runtime.errors import ConfigError, first_line
 from tilecut_runtime.manifest import DimRange, Manifest
 from tilecut_runtime.reference import Arrays
-from tilecut_runtime.timing import clock, latency_ms, time_interleaved
+from tilecut_runtime.timing import clock, latency_ms, settle_of, time_interleaved
 
 FORMAT = 1
 # In place of the peers' names.
@@ -377,7 +377,7 @@ def _time_point(
         rounds,
         WARMUP,
         step,
-        threads=threads,
+        settle=settle_of(threads),
     )
     # The first contender, if its numbers are right.
     base = next(iter(timings), None)

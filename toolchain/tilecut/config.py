@@ -74,7 +74,8 @@ class PruneConfig(Settings):
     )
     quantize: str | None = Field(
         default=None,
-        description="what the target does to the written model last: on edge int8, int8-static, int4, int4:128 or fp16",
+        description="what the target does to the written model last: on edge int8, int8-static, int4, int4:128 or fp16; "
+        "docs/quantization.md says which its runtimes have",
     )
     mixture: float = Field(
         default=MIXTURE, ge=0, lt=1, description="fraction of the calibration tokens that is of the general text tilecut ships"

@@ -44,7 +44,7 @@ from tilecut_passes.run_passes import run_passes
 from tilecut_passes.share_batches import agreed, process
 from tilecut_runtime.errors import ArtifactError, CalibrationError, ConfigError
 from tilecut_runtime.session import load
-from tilecut_runtime.timing import time_interleaved
+from tilecut_runtime.timing import settle_of, time_interleaved
 from tilecut_targets.cost_model import CALCULATED, clock
 from tilecut_targets.find_target import find_target
 from tilecut_targets.target import Target
@@ -228,7 +228,7 @@ def _measure(
         arrays: dict[str, np.ndarray] = {name: value.numpy() for name, value in own.items()}
         runs[p.name] = lambda session=session, arrays=arrays: session.run(arrays)
     with progress.stage("latency"):
-        timings = time_interleaved(runs, ROUNDS, WARMUP, progress.step, threads=threads)
+        timings = time_interleaved(runs, ROUNDS, WARMUP, progress.step, settle=settle_of(threads))
     for p in emitted:
         t = timings[p.name]
         p.measured = {"cpu_ms": round(t.cpu_ms, 3), "wall_ms": round(t.wall_ms, 3), "p95_ms": round(t.p95_ms, 3)}

@@ -12,7 +12,7 @@ import torch
 from tilecut.make_cases import make_inputs
 from tilecut_passes.graph import Graph
 from tilecut_runtime.manifest import Manifest
-from tilecut_runtime.timing import time_interleaved
+from tilecut_runtime.timing import settle_of, time_interleaved
 from tilecut_targets.cost_model import clock, latency_ms
 from tilecut_targets.target import Target
 
@@ -53,7 +53,7 @@ def measure_latency(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        timings = time_interleaved(runs, ROUNDS, WARMUP, progress, threads=threads)
+        timings = time_interleaved(runs, ROUNDS, WARMUP, progress, settle=settle_of(threads))
     finally:
         torch.set_num_threads(before)
     ms = {name: latency_ms(t, threads) for name, t in timings.items()}

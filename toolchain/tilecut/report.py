@@ -80,7 +80,7 @@ def build_report(
         "quantization": facts.get("quantization"),
         "emitted": {name: fact for name, fact in facts.items() if name != "quantization"},
         "notes": [*made.notes, *(calibration.notes if calibration else ()), *cut.notes],
-        # Pages of mapped files count.
+        # The most of the process so far; pages of mapped files count.
         "peak_memory_bytes": peak_bytes(),
         "seconds": {k: round(v, 2) for k, v in seconds.items()},
         "machine": machine(),

@@ -191,7 +191,7 @@ def time_forms(
                 runners[f"{i} {form}"] = lambda run=session, x=arrays: run(x)
                 step(len(runners), steps)
         counted = lambda done, of: step(len(runners) + done, steps)
-        timings = time_interleaved(runners, ROUNDS, WARMUP, counted, threads=threads)
+        timings = time_interleaved(runners, ROUNDS, WARMUP, counted)
     return {
         form: sum(latency_ms(timings[f"{i} {form}"], threads) for i in range(len(samples))) for form in FORMS[kind]
     }

@@ -93,8 +93,14 @@ class ExecuTorchTarget(RuntimeTarget):
         counts = write_program(lowered, folder / PROGRAM)
         if self.quantize is not None:
             before = (folder / PROGRAM).stat().st_size
-            counts = write_program(quantize_layers(lowered), folder / PROGRAM)
-            quantized = {"products": counts.get(f"{XNNPACK}{RESTORED}", 0), "before": before}
+            made = quantize_layers(lowered)
+            counts = write_program(made, folder / PROGRAM)
+            kept = [
+                {"what": name, "shape": list(tensor.shape), "why": "no linear layer"}
+                for name, tensor in made.tensors.items()
+                if tensor.ndim > 1 and tensor.is_floating_point()
+            ]
+            quantized = {"products": counts.get(f"{XNNPACK}{RESTORED}", 0), "kept": kept, "before": before}
             (folder / QUANTIZED).write_text(json.dumps(quantized), encoding="utf-8")
         return {"model": PROGRAM}, counts
 
@@ -102,8 +108,8 @@ class ExecuTorchTarget(RuntimeTarget):
         """Nothing more than the record: `emit` has quantized."""
         quantized = json.loads((folder / QUANTIZED).read_text(encoding="utf-8"))
         (folder / QUANTIZED).unlink()
-        sizes = {"before": quantized["before"], "after": (folder / PROGRAM).stat().st_size}
-        return {"quantization": {"how": self.quantize, "products": quantized["products"], "kept": [], "bytes": sizes}}
+        sizes = {"before": quantized.pop("before"), "after": (folder / PROGRAM).stat().st_size}
+        return {"quantization": {"how": self.quantize, **quantized, "bytes": sizes}}
 
     def open_model(self, path: Path, threads: int) -> Callable[[Arrays], object]:
         """The program's method; arrays are taken in their order."""

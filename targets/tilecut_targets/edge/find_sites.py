@@ -20,14 +20,13 @@ from tilecut_targets.edge.lower_attention import (
     LowerAttention,
     find_attentions,
     find_projection,
-    packable_projections,
     swaps_heads,
 )
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_residual import NORMS, LowerResidual
 from tilecut_targets.edge.lower_rms_norm import LowerRmsNorm
 from tilecut_targets.edge.lower_rotary import LowerRotary, pair_chain
-from tilecut_targets.edge.merge_products import MergeProducts, find_gate
+from tilecut_targets.edge.merge_products import MergeProducts, attention_of, find_gate
 
 aten = torch.ops.aten
 
@@ -81,10 +80,18 @@ def _rotary(node: fx.Node) -> set[fx.Node]:
 
 
 def _qkv(graph: Graph) -> Iterator[set[fx.Node]]:
-    taken = {part.source for node in find_attentions(graph, True) for part in packable_projections(graph, node)}
+    """The layers, their attention, by which they are known, and what lies between."""
     for group in MergeProducts("qkv").match(graph):
-        if source(group[0]) not in taken:
-            yield {*group, *(user for one in group for user in one.users)}
+        attention = attention_of(group[0])
+        assert attention is not None
+        behind, before = {*group}, {attention}
+        for node in graph.nodes:
+            if not behind.isdisjoint(node.all_input_nodes) and node < attention:
+                behind.add(node)
+        for node in reversed(list(graph.nodes)):
+            if node in behind and not before.isdisjoint(node.users):
+                before.add(node)
+        yield before.union(*map(_rotary, before))
 
 
 def _gates(graph: Graph) -> Iterator[set[fx.Node]]:
@@ -102,9 +109,9 @@ SITES: dict[str, Callable[[Graph], Iterator[set[fx.Node]]]] = {
     "residual": _residuals,
     "norm": _norms,
     "rotary": _rotaries,
+    "qkv": _qkv,
     "attention": functools.partial(_attentions, packable=True),
     "other_attention": functools.partial(_attentions, packable=False),
-    "qkv": _qkv,
     "gate": _gates,
     "gelu": _gelus,
 }

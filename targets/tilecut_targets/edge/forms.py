@@ -37,8 +37,8 @@ class Form:
     opset: int = ort_ops.ONNX_OPSET
 
 
-# In the order in which they are lowered: a residual is found by its norm, and attention folds the heads that rotary
-# embeddings set apart.
+# In the order in which they are lowered: a residual is found by its norm, layers by their attention, and attention folds
+# the heads that rotary embeddings set apart.
 FORMS: Mapping[str, Mapping[str, Form]] = MappingProxyType(
     {
         # onnxruntime writes SkipLayerNormalization for an Add before a norm when it loads the file.
@@ -46,6 +46,8 @@ FORMS: Mapping[str, Mapping[str, Form]] = MappingProxyType(
         # RMS norms.
         "norm": {"SimplifiedLayerNormalization": Form((LowerRmsNorm(),)), "simpler ops": Form()},
         "rotary": {"RotaryEmbedding": Form((LowerRotary(),)), "simpler ops": Form()},
+        # The layers of queries, keys and values that no Attention packs.
+        "qkv": {"a product each": Form(), "one product and Split": Form((MergeProducts("qkv"),))},
         # Self-attention whose queries, keys and values are equal layers of one input.
         "attention": {
             "Attention": Form((LowerAttention(packable=True),)),
@@ -59,8 +61,7 @@ FORMS: Mapping[str, Mapping[str, Form]] = MappingProxyType(
             "Attention of opset 23": Form((LowerStandardAttention(packable=False),), onnx_ops.PORTABLE_OPSET),
             "MatMul and Softmax": Form(),
         },
-        # The layers of queries, keys and values that no Attention takes, and those of gated activations.
-        "qkv": {"a product each": Form(), "one product and Split": Form((MergeProducts("qkv"),))},
+        # The layers of gated activations.
         "gate": {"a product each": Form(), "one product and Split": Form((MergeProducts("gate"),))},
         "gelu": {"BiasGelu": Form((LowerBiasGelu(),)), "Gelu": Form()},
     }
@@ -74,9 +75,9 @@ class Forms:
     residual: str = "Sum"
     norm: str = "SimplifiedLayerNormalization"
     rotary: str = "RotaryEmbedding"
+    qkv: str = "a product each"
     attention: str = "Attention"
     other_attention: str = "MultiHeadAttention"
-    qkv: str = "a product each"
     gate: str = "a product each"
     gelu: str = "BiasGelu"
 

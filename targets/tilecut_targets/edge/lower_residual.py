@@ -1,9 +1,9 @@
 """Spell the residual addition before a layer norm or an RMS norm as Sum.
 
-Before: layer_norm(add(x, y)). After: layer_norm(Sum(x, y)). onnxruntime's default optimizer turns Add and norm into
-SkipLayerNormalization or SkipSimplifiedLayerNormalization, which is several times slower than the two on CPU; it leaves
-Sum alone, so that the file is fast under a plain InferenceSession. Left alone: additions with broadcasting, alpha, or
-constants.
+Before: layer_norm(add(x, y)). After: layer_norm(Sum(x, y)). onnxruntime's default optimizer turns Add + LayerNorm into
+SkipLayerNormalization, which is several times slower than the two on CPU; it leaves Sum alone, so that the file is fast
+under a plain InferenceSession. Before RMS norms onnxruntime 1.32 fuses neither; others have a fusion for Add there too.
+Left alone: additions with broadcasting, alpha, or constants.
 """
 
 from __future__ import annotations

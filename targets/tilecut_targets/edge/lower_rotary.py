@@ -4,8 +4,8 @@ Before: tilecut::rotary(x [B, H, S, D], cos, sin [B|1, 1, S, D]), or x [B, S, H,
 After: RotaryEmbedding(x, positions, cos, sin), with tables half as wide: the op wants one number a pair. Where x is a
 linear layer's output with its heads set apart, the op works on [B, S, H*D] and they are set apart behind it, where
 attention folds them again. Tables are cut once for all embeddings that share them.
-Left alone, with the reason in `graph.refusals`: tables that differ from head to head, or whose pairs are not seen to hold
-one number each.
+Left alone, with the reason in `graph.refusals`: tables of other shapes, such as one for every head, and those whose pairs
+are not seen to hold one number each.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LowerRotary:
     def match(self, node: fx.Node) -> str | None:
         """Why the op cannot express this embedding, or None when it can."""
         if _heads(node) is None:
-            return "its tables differ from head to head"
+            return "its tables are not [B|1, 1, S, D] to [B, H, S, D], or with S and H exchanged"
         interleaved = bool(node.kwargs["interleaved"])
         if any(pair_chain(source(node, i), interleaved) is None for i in (1, 2)):
             return "the two channels of a pair are not seen to share one cosine and sine"
@@ -80,7 +80,7 @@ def pair_chain(table: fx.Node, interleaved: bool) -> set[fx.Node] | None:
         chain = {table}
         for one in table.all_input_nodes:
             value = value_of(one)
-            if value.ndim == 0 or value.shape[-1] == 1:
+            if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[-1] == 1:
                 continue
             before = pair_chain(one, interleaved)
             if before is None:

@@ -35,7 +35,7 @@ from tilecut_targets.export_program import example_inputs
 from tilecut_targets.target import Target
 
 # Change it when what is measured changes: files of another format are not read.
-FORMAT = 1
+FORMAT = 2
 # Sizes a kind where one kind is alone; sets of several kinds share about LAYERS_A_TYPE.
 POINTS, LAYERS_A_TYPE = 5, 16
 # More kinds together have too many combinations to measure.

@@ -2,7 +2,8 @@
 
 Before: linear(x, W1, b1), linear(x, W2, b2), .. of one x. After: the parts of linear(x, [W1; W2; ..], [b1; b2; ..]), which
 a Split cuts apart. Which layers:
-    qkv     those whose heads are set apart: a reshape to [B, S, H, D] alone reads each
+    qkv     those that one attention reads, each through a reshape to [B, S, H, D]; not the layers of an attention whose
+            projection LowerAttention packs
     gate    two whose outputs meet in a product, one of them behind an activation: SwiGLU and its like
 Layers without bias beside others get zeros. Left alone: a layer whose weight something else reads too, since merged it would
 be stored twice.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tilecut_passes.graph import Graph, arguments, calls_before, is_call, sizes_of, source, value_of
+from tilecut_targets.edge.lower_attention import LowerAttention, packable_projections
 
 aten = torch.ops.aten
 
@@ -30,15 +32,8 @@ class MergeProducts:
     of: str
 
     def match(self, graph: Graph) -> list[list[fx.Node]]:
-        """The groups of layers, two or more each, in graph order."""
-        if self.of == "gate":
-            pairs = [find_gate(node) for node in graph.nodes]
-            return [pair for pair in pairs if pair and source(pair[0]) is source(pair[1]) and all(map(_whole, pair))]
-        groups: dict[fx.Node, list[fx.Node]] = {}
-        for node in graph.nodes:
-            if is_call(node, aten.linear.default) and _whole(node) and _sets_heads_apart(node):
-                groups.setdefault(source(node), []).append(node)
-        return [group for group in groups.values() if len(group) > 1]
+        """The groups of layers, two or more each, in graph order; no layer is in two."""
+        return _gates(graph) if self.of == "gate" else _projections(graph)
 
     def __call__(self, graph: Graph) -> int:
         """Rewrite in place; returns the number of groups."""
@@ -48,21 +43,63 @@ class MergeProducts:
         return len(groups)
 
 
+def _gates(graph: Graph) -> list[list[fx.Node]]:
+    groups: list[list[fx.Node]] = []
+    taken: set[fx.Node] = set()
+    for node in graph.nodes:
+        pair = find_gate(node)
+        # An activation may gate several layers: the first pair has it.
+        if pair and source(pair[0]) is source(pair[1]) and taken.isdisjoint(pair) and all(map(_owns_weights, pair)):
+            groups.append(pair)
+            taken.update(pair)
+    return groups
+
+
 def find_gate(node: fx.Node) -> list[fx.Node] | None:
     """The two layers whose outputs meet in `node`, one of them behind an activation, in graph order; or None."""
     if not is_call(node, aten.mul.Tensor) or len(node.all_input_nodes) != 2:
         return None
     for gate, up in ((0, 1), (1, 0)):
         activation, linear = source(node, gate), source(node, up)
-        if activation.op != "call_function" or len(activation.all_input_nodes) != 1 or is_call(activation, aten.linear.default):
+        if activation.op != "call_function" or len(activation.all_input_nodes) != 1:
             continue
         gated = activation.all_input_nodes[0]
-        if all(is_call(one, aten.linear.default) and len(one.users) == 1 for one in (gated, linear)) and gated is not linear:
-            return sorted((gated, linear))
+        layers = (gated, linear)
+        if gated is linear or not all(is_call(one, aten.linear.default) and len(one.users) == 1 for one in layers):
+            continue
+        if sizes_of(value_of(activation)) == sizes_of(value_of(gated)):
+            return sorted(layers)
     return None
 
 
-def _whole(linear: fx.Node) -> bool:
+def _projections(graph: Graph) -> list[list[fx.Node]]:
+    groups: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if not is_call(node, aten.linear.default) or not _owns_weights(node) or not _sets_heads_apart(node):
+            continue
+        attention = attention_of(node)
+        if attention is not None and not (packable_projections(graph, attention) and not LowerAttention().match(attention)):
+            groups.setdefault((source(node), attention), []).append(node)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def attention_of(layer: fx.Node) -> fx.Node | None:
+    """The first attention, in graph order, that a layer's heads reach, or None."""
+    seen: set[fx.Node] = set()
+    todo, found = [layer], []
+    while todo:
+        node = todo.pop()
+        if node in seen or (node is not layer and is_call(node, aten.linear.default)):
+            continue
+        seen.add(node)
+        if is_call(node, torch.ops.tilecut.attention.default):
+            found.append(node)
+        else:
+            todo += node.users
+    return min(found, default=None)
+
+
+def _owns_weights(linear: fx.Node) -> bool:
     """Whether a layer's tensors are the graph's own, and read by it alone."""
     a = arguments(linear)
     tensors = [one for one in (a["weight"], a["bias"]) if one is not None]

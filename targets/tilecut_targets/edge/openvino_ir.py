@@ -92,8 +92,7 @@ class OpenVinoTarget(RuntimeTarget):
                 counts = convert(source, folder / IR, compress=True)
                 record: dict[str, object] = {"how": self.quantize, "weights": _halves(folder / IR), "kept": []}
             else:
-                how = "int8-weights" if self.quantize == "int8" else self.quantize
-                record = {**quantize_onnx(source, how, batches), "how": self.quantize}
+                record = quantize_onnx(source, self.quantize, batches, runtime_rounds=True)
                 counts = convert(source, folder / IR, group=ROUNDED_TOGETHER.get(self.quantize))
         record["bytes"] = {"before": before, "after": _bytes(folder)}
         return {**self.facts(counts), "quantization": record}
@@ -134,7 +133,10 @@ def convert(source: Path, path: Path, compress: bool = False, group: int | None 
         raise LoweringError("edge:openvino", f"openvino cannot convert the model: {first_line(e)}") from e
     if group is not None:
         model.set_rt_info(str(group), GROUP)
-    ov.save_model(model, path, compress_to_fp16=compress)
+    try:
+        ov.save_model(model, path, compress_to_fp16=compress)
+    except RuntimeError as e:
+        raise LoweringError("edge:openvino", f"openvino cannot write {path}: {first_line(e)}") from e
     counts = collections.Counter(op.get_type_name() for op in model.get_ops())
     return {op: n for op, n in counts.items() if op not in ENDS}
 

@@ -5,7 +5,6 @@ Before: a file in float32. After, by the word of `QUANTIZATIONS`:
                     DynamicQuantizeLinear -> MatMulIntegerToFloat, QAttention
     int8-static     the same with ranges from calibration, as QuantizeLinear / DequantizeLinear pairs around MatMul (QDQ),
                     which other runtimes read too; attention is its projection, Split and MultiHeadAttention
-    int8-weights    the weights alone, for runtimes that round activations themselves: DequantizeLinear before MatMul
     int4, int4:128  weights of 4 bits with a scale and a zero point a block of 32 or 128 rows: MatMulNBits
     fp16            weights stored in 16 bits and cast when the file is loaded; the arithmetic stays float32
 Embedding tables of a megabyte and more become int8 a row; one that is also the weight of a product is stored once. Biases,
@@ -44,16 +43,17 @@ ACCURACY_LEVEL = 4
 MICROSOFT = "com.microsoft"
 
 
-def quantize_onnx(path: Path, how: str, batches: Sequence[Batch] = ()) -> dict[str, Any]:
+def quantize_onnx(path: Path, how: str, batches: Sequence[Batch] = (), runtime_rounds: bool = False) -> dict[str, Any]:
     """Quantize the file at `path` in place, its external data with it; returns the record for the report.
 
     Args:
         how: a word of `QUANTIZATIONS`.
         batches: inputs of the model, for the ranges of "int8-static".
+        runtime_rounds: the runtime rounds activations itself: "int8" is weights behind DequantizeLinear.
     """
     before = _bytes(path)
     model = onnx.load(str(path))
-    rewrite = _Rewrite(model)
+    rewrite = _Rewrite(model, runtime_rounds)
     if how == "fp16":
         rewrite.halve()
     else:
@@ -70,8 +70,8 @@ def quantize_onnx(path: Path, how: str, batches: Sequence[Batch] = ()) -> dict[s
 class _Rewrite:
     """One file while it is rewritten: new nodes and tensors, and what was counted."""
 
-    def __init__(self, model: onnx.ModelProto):
-        self.model, self.tensors = model, Tensors(model)
+    def __init__(self, model: onnx.ModelProto, runtime_rounds: bool = False):
+        self.model, self.tensors, self.runtime_rounds = model, Tensors(model), runtime_rounds
         self.products = {id(p.nodes[0]): p for p in find_products(self.tensors)}
         self.tables = find_tables(self.tensors)
         self.tied = self._find_tied()
@@ -134,9 +134,10 @@ class _Rewrite:
         if reason is not None:
             self.kept[product.weight] = reason
             return False
-        if how == "int8" or (how.startswith("int4") and product.weight in self.tied):
+        in_the_run = how == "int8" or (how.startswith("int4") and product.weight in self.tied)
+        if in_the_run and not self.runtime_rounds:
             self._dynamic(product)
-        elif how == "int8-weights" or ranges is not None:
+        elif in_the_run or ranges is not None:
             self._restored(product, ranges)
         else:
             self._weight_only(product, int(how.partition(":")[2] or 32))

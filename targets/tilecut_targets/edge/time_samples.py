@@ -102,7 +102,7 @@ def time_samples(
 
         def once(before: Mapping[str, float], done: int) -> dict[str, float]:
             counted = lambda i, of: progress(done + i, steps)
-            timings = time_interleaved(runners, ROUNDS, WARMUP, counted, threads=threads)
+            timings = time_interleaved(runners, ROUNDS, WARMUP, counted)
             return {n: min(latency_ms(t, threads), before.get(n, np.inf)) for n, t in timings.items()}
 
         ms = once({}, count)
