@@ -22,6 +22,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from tilecut.bench_artifacts import grid_points, title_of
+from tilecut.measure_latency import FLOOR, PRUNED
 from tilecut.progress import Progress
 from tilecut_runtime.manifest import Manifest, Rung
 
@@ -85,12 +86,12 @@ def report(console: Console, r: Mapping[str, Any]) -> None:
         rows = latency["contenders"]
         # On several threads CPU time is no latency.
         column, title = f"{latency['clock']}_ms", {"cpu": "CPU ms", "wall": "wall ms"}[latency["clock"]]
-        own = rows["pruned artifact"][column]
+        own = rows[PRUNED][column]
         for name, row in rows.items():
-            if name != "pruned artifact":
-                table.add_row(
-                    f"{title}: {name}", f"{row[column]:.2f}", f"{own:.2f}", f"{row['times_pruned']:.2f}x faster"
-                )
+            if name == PRUNED:
+                continue
+            ratio = f"{latency['times_floor']:.2f} of the floor" if name == FLOOR else f"{row['times_pruned']:.2f}x faster"
+            table.add_row(f"{title}: {name}", f"{row[column]:.2f}", f"{own:.2f}", ratio)
     for where, fidelity in (("held-out", r["fidelity"]), ("general text", r["fidelity"].get("general", {}))):
         for name, f in fidelity.items():
             if name not in ("task", "general"):
