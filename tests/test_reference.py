@@ -9,6 +9,7 @@ import torch
 
 from checks import TinyMlp, emit, mlp_graph, randomise
 from tilecut_passes.capture import capture
+from tilecut_runtime import reference
 from tilecut_runtime.errors import ArtifactError
 from tilecut_runtime.manifest import Manifest, TensorSpec, list_files
 from tilecut_runtime.reference import SMALL, Case, read_cases, verify_on_device, write_cases
@@ -215,3 +216,20 @@ def test_a_forged_case_whose_hash_fits_is_one_error(forge, folder):
     with pytest.raises(ArtifactError, match=r"case_0\.npz: not a reference case") as caught:
         read_cases(folder, relist(folder))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("numbers", [1, 3, 7, 1 << 22])
+def test_the_error_does_not_depend_on_how_many_numbers_are_compared_at_a_time(numbers, monkeypatch):
+    monkeypatch.setattr(reference, "NUMBERS", numbers)
+    generator = np.random.default_rng(0)
+    want = generator.normal(size=(4, 5, 6)).astype(np.float32)
+    got = want + generator.normal(size=want.shape).astype(np.float32) * 1e-3
+    plain = float(np.abs(want.astype(np.float64) - got).max() / np.abs(want).max())
+    assert case(want).error({"y": got}) == pytest.approx(plain)
+    # The scale is that of all numbers, and a NaN anywhere shows.
+    got[3, 4, 5] = np.nan
+    assert case(want).error({"y": got}) == math.inf
+    want[3, 4, 5] = np.nan
+    assert case(want).error({"y": got}) == math.inf
+    banned = np.full_like(want, np.finfo(np.float32).min)
+    assert case(banned).error({"y": banned.copy()}) == 0

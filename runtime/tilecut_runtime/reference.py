@@ -15,6 +15,8 @@ from tilecut_runtime.manifest import Manifest, Rung
 FOLDER = "ref"
 # Larger numbers stand for infinity; outputs smaller than this are compared absolutely.
 HUGE, SMALL = 1e30, 1e-3
+# So many numbers of an output are compared at a time: the logits of a large vocabulary in float64 are gigabytes.
+NUMBERS = 1 << 22
 Arrays = dict[str, np.ndarray]
 
 
@@ -38,7 +40,7 @@ class Case:
                 return math.inf
             rows = self.valid[name]
             if want.dtype.kind == "f":
-                error = scaled_error(want[rows].astype(np.float64), have[rows].astype(np.float64))
+                error = scaled_error(want[rows], have[rows])
             else:
                 error = float((want[rows] != have[rows]).mean()) if want[rows].size else 0.0
             worst = max(worst, error)
@@ -96,15 +98,23 @@ def scaled_error(want: np.ndarray, got: np.ndarray) -> float:
     Numbers that stand for infinity (a banned logit's lowest float) are compared with themselves: as a scale they would
     hide every other error. Equal infinities are equal.
     """
-    if not want.size:
-        return 0.0
-    with np.errstate(invalid="ignore"):
-        difference = np.where(want == got, 0.0, np.abs(want - got))
-    ordinary = np.abs(want) < HUGE
-    scale = max(float(np.abs(want[ordinary]).max()) if ordinary.any() else 0.0, SMALL)
-    with np.errstate(invalid="ignore"):
-        error = float((difference / np.where(ordinary, scale, np.abs(want))).max())
-    return error if error == error else math.inf
+    pairs = lambda: (
+        (want.reshape(-1)[i : i + NUMBERS].astype(np.float64), got.reshape(-1)[i : i + NUMBERS].astype(np.float64))
+        for i in range(0, want.size, NUMBERS)
+    )
+    scale = SMALL
+    for a, _ in pairs():
+        ordinary = np.abs(a[np.abs(a) < HUGE])
+        scale = max(scale, float(ordinary.max(initial=0.0)))
+    worst = 0.0
+    for a, b in pairs():
+        with np.errstate(invalid="ignore"):
+            difference = np.where(a == b, 0.0, np.abs(a - b))
+            error = float((difference / np.where(np.abs(a) < HUGE, scale, np.abs(a))).max())
+        if error != error:
+            return math.inf
+        worst = max(worst, error)
+    return worst
 
 
 def write_cases(cases: Sequence[Case], folder: Path) -> None:
