@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tilecut.artifact import FLOOR, PRUNED
 from tilecut.make_cases import make_inputs
 from tilecut_passes.graph import Graph
 from tilecut_runtime.manifest import Manifest
@@ -17,7 +18,6 @@ from tilecut_targets.cost_model import clock, latency_ms
 from tilecut_targets.target import Target
 
 ROUNDS, WARMUP = 30, 3
-PRUNED, FLOOR = "pruned artifact", "pruned, products alone"
 
 
 def measure_latency(
