@@ -14,8 +14,6 @@ from tilecut_runtime.reference import read_cases
 from tilecut_runtime.torch_program import WEIGHTS, read_program
 
 PLAN, REPORT, REPORT_PAGE, MODULE = "plan.json", "report.json", "report.html", "module.pt2"
-# Two of the contenders that a report times.
-PRUNED, FLOOR = "pruned artifact", "pruned, products alone"
 
 
 class Artifact:

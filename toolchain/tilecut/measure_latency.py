@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tilecut.artifact import FLOOR, PRUNED
+from tilecut.contender_names import FLOOR, PRUNED
 from tilecut.make_cases import make_inputs
 from tilecut_passes.graph import Graph
 from tilecut_runtime.manifest import Manifest

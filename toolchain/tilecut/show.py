@@ -21,8 +21,8 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from tilecut.artifact import FLOOR, PRUNED
 from tilecut.bench_artifacts import grid_points, title_of
+from tilecut.contender_names import FLOOR, PRUNED
 from tilecut.progress import Progress
 from tilecut_runtime.manifest import Manifest, Rung
 
