@@ -23,8 +23,8 @@ from sections import SECTIONS, Judge, read_sections
 from tilecut import Artifact, PruneConfig, compile_pruned, load, show
 from tilecut.describe_machine import machine
 from tilecut_passes.capture import capture
-from tilecut_runtime.timing import Timing, settle_of, time_interleaved
-from tilecut_targets.edge.contend import OPTIMIZED, PRUNED
+from tilecut_runtime.timing import PRUNED, Timing, settle_of, time_interleaved
+from tilecut_targets.edge.contend import OPTIMIZED
 from tilecut_targets.find_target import find_target
 
 

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from sections import SECTIONS, Encoder, Judge, read_sections
 from tilecut import PruneConfig, compile_pruned, load, show
-from tilecut.contender_names import FLOOR, PRUNED
 from tilecut.report import human_bytes, human_count
+from tilecut_runtime.timing import FLOOR, PRUNED
 
 console = Console()
 

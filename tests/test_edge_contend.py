@@ -10,7 +10,8 @@ from torch import nn
 from checks import encoder_graph, mlp_graph, op_names, randomise
 from tilecut_passes.capture import capture
 from tilecut_runtime.attention import attention
-from tilecut_targets.edge.contend import DENSE, EXPORTED, ONNXSCRIPT, OPTIMIZED, PRUNED, contend, plain_session
+from tilecut_runtime.timing import PRUNED
+from tilecut_targets.edge.contend import DENSE, EXPORTED, ONNXSCRIPT, OPTIMIZED, contend, plain_session
 from tilecut_targets.edge.forms import Forms
 from tilecut_targets.edge.target import EdgeTarget, count_ops
 from tilecut_targets.peers import optimize, optimize_for_ort

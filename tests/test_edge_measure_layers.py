@@ -282,7 +282,7 @@ def test_a_poor_fit_is_measured_once_more_and_the_lower_times_count(monkeypatch)
     graph = capture(randomise(TinyMlp()), torch.randn(4, 12))
     rounds = itertools.count()
 
-    def time_interleaved(runners, *_, **__):
+    def time_interleaved(runners, *_):
         ms = 5.0 - 2 * next(rounds)
         return {name: types.SimpleNamespace(cpu_ms=ms, wall_ms=9.0) for name in runners}
 

@@ -16,8 +16,9 @@ from tilecut_passes.prune import Prune
 from tilecut_passes.run_passes import largest_error, run_passes
 from tilecut_runtime.errors import ArtifactError, InputError
 from tilecut_runtime.session import load
+from tilecut_runtime.timing import PRUNED
 from tilecut_targets.edge import measure_layers as measuring
-from tilecut_targets.edge.contend import DENSE, EXPORTED, PRUNED
+from tilecut_targets.edge.contend import DENSE, EXPORTED
 from tilecut_targets.edge.find_runtime import RUNTIMES, find_runtime
 
 KEPT = {

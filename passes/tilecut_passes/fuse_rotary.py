@@ -73,6 +73,13 @@ class FuseRotary:
         return count
 
 
+def dimension_of_heads(node: fx.Node) -> int | None:
+    """Which dimension of a `tilecut::rotary`'s x the heads are: one of known size along which the table is repeated, unlike
+    along the other; None where neither is."""
+    x, cos = (sizes_of(value_of(source(node, i))) for i in (0, 1))
+    return next((d for d in (1, 2) if cos[d] == 1 and cos[3 - d] == x[3 - d] and isinstance(x[d], int)), None)
+
+
 def _products(node: object) -> Iterator[tuple[fx.Node, fx.Node]]:
     """The operands of a product of two nodes, in both orders."""
     if is_call(node, aten.mul.Tensor) and len(node.all_input_nodes) == 2:

@@ -255,6 +255,13 @@ def source(node: fx.Node, index: int = 0) -> fx.Node:
     return found
 
 
+def swaps_heads(node: object) -> TypeGuard[fx.Node]:
+    """Whether a node transposes the heads and the positions of [B, H, S, D] or [B, S, H, D]."""
+    if not is_call(node, torch.ops.aten.transpose.int) or value_of(node).ndim != 4:
+        return False
+    return {d % 4 for d in node.args[1:3] if isinstance(d, int)} == {1, 2}
+
+
 def before_casts(node: Any) -> Any:
     """What a value was before it was cast to other dtypes; the value itself where it was not."""
     while is_call(node, *CASTS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,8 +79,24 @@ class Case:
         return "x".join(map(str, next(iter(self.inputs.values())).shape))
 
 
+def agreement_rungs(
+    name: str,
+    cases: Sequence[Case],
+    run: Callable[[Arrays], Mapping[str, np.ndarray]],
+    limit: float,
+    detail: str,
+    quantized: bool,
+) -> list[Rung]:
+    """How far outputs are from the cases': a rung called `name`, or those of a quantized model. One case's are held at a time."""
+    outputs = (run(case.inputs) for case in cases)
+    if quantized:
+        return drift_rungs(cases, outputs, limit, detail)
+    error = max(case.error(got) for case, got in zip(cases, outputs, strict=True))
+    return [Rung(name, "passed" if error <= limit else "failed", detail, error, limit)]
+
+
 def drift_rungs(
-    cases: Sequence[Case], outputs: Sequence[Mapping[str, np.ndarray]], limit: float, detail: str
+    cases: Sequence[Case], outputs: Iterable[Mapping[str, np.ndarray]], limit: float, detail: str
 ) -> list[Rung]:
     """The rungs of a quantized model: relative error and direction. Vectors that differ by e have cosine 1 - e^2/2."""
     drifts = [case.drift(got) for case, got in zip(cases, outputs, strict=True)]
@@ -183,10 +199,7 @@ def verify_on_device(folder: Path, device: str | None = None) -> list[Rung]:
     limit = manifest.tolerance
     session = load(folder, device)
     cases = read_cases(folder, manifest)
-    outputs = [session.run(case.inputs) for case in cases]
     sizes = ", ".join(case.size for case in cases)
     detail = f"{session.how} on {session.device} against the outputs in {FOLDER}/, inputs of {sizes}"
-    if manifest.quantize is not None:
-        return [*rungs, *drift_rungs(cases, outputs, limit, detail)]
-    error = max(case.error(got) for case, got in zip(cases, outputs))
-    return [*rungs, Rung("artifact equals reference", "passed" if error <= limit else "failed", detail, error, limit)]
+    quantized = manifest.quantize is not None
+    return rungs + agreement_rungs("artifact equals reference", cases, session.run, limit, detail, quantized)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+# What reports call the artifact and the floor of its latency among the contenders.
+PRUNED, FLOOR = "pruned artifact", "pruned, products alone"
 # Threads of a pool wait actively for a while after a run, on the cores that the next contender's threads want.
 SETTLE = 0.05
 

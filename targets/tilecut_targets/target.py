@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from tilecut_passes.axes.groups import Group
@@ -27,7 +28,7 @@ from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import DimRange, Manifest, Rung
-from tilecut_runtime.reference import Arrays, Case
+from tilecut_runtime.reference import Arrays, Case, agreement_rungs
 from tilecut_targets.cost_model import CostModel
 
 
@@ -179,6 +180,14 @@ class Target(ABC):
     @abstractmethod
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
         """Climb the verification ladder; `cases` come from the pruned torch model."""
+
+    def agreement(
+        self, manifest: Manifest, cases: Sequence[Case], run: Callable[[Arrays], Mapping[str, np.ndarray]], detail: str
+    ) -> list[Rung]:
+        """The rungs on which the written files meet the pruned torch model's outputs."""
+        quantized = manifest.quantize is not None
+        limit = manifest.tolerance if quantized else self.tolerance
+        return agreement_rungs("artifact equals pruned model", cases, run, limit, detail, quantized)
 
     def contenders(
         self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path

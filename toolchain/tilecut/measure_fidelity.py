@@ -19,9 +19,8 @@ from tilecut_passes.align_labels import IGNORED, LOGITS, next_tokens, scored_out
 from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph
 from tilecut_passes.measure_loss import task_loss
+from tilecut_runtime.reference import NUMBERS
 
-# Numbers of an output that are held in float64 at a time, about ten times over.
-NUMBERS = 1 << 22
 # How far logits may move, relative to their magnitude, when a later token changes: rounding.
 SAME = 1e-4
 

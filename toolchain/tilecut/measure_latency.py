@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tilecut.contender_names import FLOOR, PRUNED
 from tilecut.make_cases import make_inputs
 from tilecut_passes.graph import Graph
 from tilecut_runtime.manifest import Manifest
-from tilecut_runtime.timing import settle_of, time_interleaved
+from tilecut_runtime.timing import FLOOR, PRUNED, settle_of, time_interleaved
 from tilecut_targets.cost_model import clock, latency_ms
 from tilecut_targets.target import Target
 

@@ -22,9 +22,9 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from tilecut.bench_artifacts import grid_points, title_of
-from tilecut.contender_names import FLOOR, PRUNED
 from tilecut.progress import Progress
 from tilecut_runtime.manifest import Manifest, Rung
+from tilecut_runtime.timing import FLOOR, PRUNED
 
 STATUS = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "not run": "[yellow]not run[/]"}
 

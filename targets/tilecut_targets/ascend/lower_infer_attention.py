@@ -22,7 +22,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, sizes_of, source, value_of
+from tilecut_passes.graph import (
+    Graph,
+    Refusal,
+    arguments,
+    calls_before,
+    is_call,
+    sizes_of,
+    source,
+    swaps_heads,
+    value_of,
+)
 from tilecut_runtime.npu_attention import OP, TRIANGLE
 from tilecut_targets.ascend import npu_ops
 from tilecut_targets.ascend.legality import Fused, Refused, choose
@@ -68,14 +78,7 @@ def _inside(q: Tensor) -> torch.dtype:
 def _is_between_transposes(node: fx.Node) -> bool:
     """Whether q, k and v come from [B, S, N, D] and the result goes there."""
     a = arguments(node)
-    return all(_is_transpose(n) for n in (a["q"], a["k"], a["v"], *node.users))
-
-
-def _is_transpose(node: fx.Node) -> bool:
-    """Whether a call swaps dimensions 1 and 2 of four."""
-    if not is_call(node, aten.transpose.int) or value_of(node).ndim != 4:
-        return False
-    return {d % 4 for d in node.args[1:3] if isinstance(d, int)} == {1, 2}
+    return all(swaps_heads(n) for n in (a["q"], a["k"], a["v"], *node.users))
 
 
 def _lower(graph: Graph, node: fx.Node, found: Fused, masks: dict[str, fx.Node]) -> None:

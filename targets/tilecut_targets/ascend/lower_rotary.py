@@ -16,7 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from tilecut_passes.graph import CASTS, Graph, arguments, calls_before, is_call, size_of, sizes_of, source, value_of
+from tilecut_passes.fuse_rotary import dimension_of_heads
+from tilecut_passes.graph import (
+    CASTS,
+    Graph,
+    arguments,
+    calls_before,
+    is_call,
+    size_of,
+    sizes_of,
+    source,
+    swaps_heads,
+    value_of,
+)
 from tilecut_runtime.npu_norms import ROTARY_MUL
 from tilecut_targets.ascend import npu_norms
 from tilecut_targets.ascend.legal_norms import FusedRotary, RotaryShape, choose_rotary
@@ -37,7 +49,7 @@ class LowerRotary:
         """The op and its mode, or the limit that the embedding breaks."""
         x = value_of(source(node))
         cos, sin = (sizes_of(value_of(source(node, i))) for i in (1, 2))
-        heads = _heads(node)
+        heads = dimension_of_heads(node)
         if heads is None or cos != sin:
             return Refused("tables are those of all heads", f"cos {cos}, sin {sin}", "written out it is exact")
         batch = size_of(x.shape[0])
@@ -64,7 +76,7 @@ class LowerRotary:
             op = npu_norms.rotary if self.container == "onnx" else fused_rotary
             a = arguments(node)
             with calls_before(graph, node) as call:
-                if _heads(node) == 2:
+                if dimension_of_heads(node) == 2:
                     made = call(op, a["x"], a["cos"], a["sin"], found.mode, found.expand)
                 else:
                     x, cos, sin = (_transposed(call, a[name], flat) for name in ("x", "cos", "sin"))
@@ -76,18 +88,12 @@ class LowerRotary:
         return count
 
 
-def _heads(node: fx.Node) -> int | None:
-    """Which dimension of x the heads are: one of a known size along which the table is repeated, unlike along the other."""
-    x, cos = (sizes_of(value_of(source(node, i))) for i in (0, 1))
-    return next((d for d in (1, 2) if cos[d] == 1 and cos[3 - d] == x[3 - d] and isinstance(x[d], int)), None)
-
-
 def _transposed(call: Callable[..., fx.Node], node: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node:
     """A node in the other layout: what it was transposed from, casts and slices of the width done there; else its transpose.
 
     It is made once.
     """
-    if _is_transpose(node):
+    if swaps_heads(node):
         return source(node)
     if node not in made:
         if _was_transposed(node):
@@ -98,15 +104,10 @@ def _transposed(call: Callable[..., fx.Node], node: fx.Node, made: dict[fx.Node,
     return made[node]
 
 
-def _is_transpose(node: fx.Node) -> bool:
-    """Whether a call swaps dimensions 1 and 2 of four."""
-    return is_call(node, aten.transpose.int) and {d % 4 for d in node.args[1:3] if isinstance(d, int)} == {1, 2}
-
-
 def _was_transposed(node: fx.Node) -> bool:
     """Whether only casts and slices of the last dimension stand between a node and its transpose."""
     moves = is_call(node, *CASTS) or (is_call(node, aten.slice.Tensor) and arguments(node)["dim"] in (3, -1))
-    return _is_transpose(node) or (moves and _was_transposed(source(node)))
+    return swaps_heads(node) or (moves and _was_transposed(source(node)))
 
 
 def fused_rotary(x: Tensor, cos: Tensor, sin: Tensor, mode: str, expand: bool) -> Tensor:

@@ -8,11 +8,12 @@ from pathlib import Path
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_runtime.reference import Arrays
+from tilecut_runtime.timing import PRUNED
 from tilecut_targets import open_peers, peers
 from tilecut_targets.edge.forms import Forms, write_forms
 from tilecut_targets.target import Contenders
 
-PRUNED, DENSE = "pruned artifact", "dense, same path"
+DENSE = "dense, same path"
 # The peers that onnxruntime runs.
 EXPORTED, OPTIMIZED, ONNXSCRIPT = (f"dense, {p.title}" for p in (peers.EXPORT, peers.ORT, peers.ONNXSCRIPT))
 

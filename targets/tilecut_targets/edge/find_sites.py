@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, fx
 
-from tilecut_passes.graph import Graph, is_call, source, value_of
+from tilecut_passes.graph import Graph, is_call, source, swaps_heads, value_of
 from tilecut_passes.layer_region import extract
 from tilecut_targets.edge.lower_attention import (
     LowerAttention,
     find_attentions,
     find_projection,
-    swaps_heads,
 )
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_residual import NORMS, LowerResidual

@@ -12,13 +12,24 @@ op, dropout, and causal attention whose queries and keys differ in number.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from tilecut_passes.graph import Graph, Refusal, arguments, calls_before, is_call, sizes_of, source, value_of
+from tilecut_passes.graph import (
+    Graph,
+    Refusal,
+    arguments,
+    calls_before,
+    is_call,
+    sizes_of,
+    source,
+    swaps_heads,
+    value_of,
+)
 from tilecut_targets.decompose_attention import finite
 from tilecut_targets.edge import ort_ops
 from tilecut_targets.window_bias import window_bias
@@ -120,16 +131,16 @@ def find_projection(graph: Graph, heads: fx.Node) -> Projection | None:
     return Projection(a["input"], weight, bias[0] if bias else None)
 
 
-def swaps_heads(node: object) -> TypeGuard[fx.Node]:
-    """Whether a node transposes the heads and the positions of [B, H, S, D] or [B, S, H, D]."""
-    return is_call(node, aten.transpose.int) and sorted(cast(int, d) % 4 for d in node.args[1:3]) == [1, 2]
+def joined(layers: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
+    """Weights [O, I] and biases [O] of layers as those of one layer; a layer without bias gets zeros."""
+    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in layers]
+    return torch.cat([weight for weight, _ in layers]), torch.cat(biases)
 
 
 def _packed(graph: Graph, node: fx.Node, a: dict[str, Any], mask: fx.Node | None, parts: list[Projection]) -> fx.Node:
-    weight = torch.cat([p.weight for p in parts]).T.contiguous()
-    bias = torch.cat([p.bias if p.bias is not None else p.weight.new_zeros(len(p.weight)) for p in parts])
+    weight, bias = joined([(p.weight, p.bias) for p in parts])
     w, b = (
-        graph.add_tensor(f"{node.name}_qkv.weight", nn.Parameter(weight)),
+        graph.add_tensor(f"{node.name}_qkv.weight", nn.Parameter(weight.T.contiguous())),
         graph.add_tensor(f"{node.name}_qkv.bias", nn.Parameter(bias)),
     )
     with calls_before(graph, node) as call:

@@ -16,9 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from tilecut_passes.graph import CASTS, Graph, Refusal, arguments, calls_before, is_call, sizes_of, source, value_of
+from tilecut_passes.fuse_rotary import dimension_of_heads
+from tilecut_passes.graph import (
+    CASTS,
+    Graph,
+    Refusal,
+    arguments,
+    calls_before,
+    is_call,
+    sizes_of,
+    source,
+    swaps_heads,
+    value_of,
+)
 from tilecut_targets.edge import ort_ops
-from tilecut_targets.edge.lower_attention import swaps_heads
 
 aten = torch.ops.aten
 # Ops that give every element from the elements of one place.
@@ -133,15 +144,10 @@ def positions(table: Tensor) -> Tensor:
 
 
 def _heads(node: fx.Node) -> int | None:
-    """Which dimension of x the heads are: the one of 1 and 2 of known size along which both tables are repeated."""
+    """Which dimension of x the heads are, where the width is known and both tables are repeated along it."""
     x, cos, sin = (value_of(source(node, i)) for i in range(3))
-    if sizes_of(cos) != sizes_of(sin):
-        return None
-    for heads, places in ((1, 2), (2, 1)):
-        known = isinstance(x.shape[heads], int) and isinstance(x.shape[3], int)
-        if known and cos.shape[heads] == 1 and sizes_of(cos)[places] == sizes_of(x)[places]:
-            return heads
-    return None
+    fits = sizes_of(cos) == sizes_of(sin) and isinstance(x.shape[3], int)
+    return dimension_of_heads(node) if fits else None
 
 
 def _embedded(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tilecut_passes.graph import Graph, arguments, calls_before, is_call, sizes_of, source, value_of
-from tilecut_targets.edge.lower_attention import LowerAttention, packable_projections
+from tilecut_targets.edge.lower_attention import LowerAttention, joined, packable_projections
 
 aten = torch.ops.aten
 
@@ -118,21 +118,19 @@ def _sets_heads_apart(linear: fx.Node) -> bool:
 
 def merge(graph: Graph, layers: list[fx.Node]) -> None:
     """Put one layer in the place of `layers`, which read one input."""
-    weights: list[Tensor] = []
-    biases: list[Tensor | None] = []
+    held: list[tuple[Tensor, Tensor | None]] = []
     for linear in layers:
         a = arguments(linear)
-        weights.append(graph.tensor(str(a["weight"].target)).detach())
-        biases.append(None if a["bias"] is None else graph.tensor(str(a["bias"].target)).detach())
-    name = f"{layers[0].name}_merged"
-    weight = graph.add_tensor(f"{name}.weight", nn.Parameter(torch.cat(weights)))
-    bias: fx.Node | None = None
-    if any(one is not None for one in biases):
-        filled = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases)]
-        bias = graph.add_tensor(f"{name}.bias", nn.Parameter(torch.cat(filled)))
+        weight, bias = (None if x is None else graph.tensor(str(x.target)).detach() for x in (a["weight"], a["bias"]))
+        assert weight is not None
+        held.append((weight, bias))
+    name, (weight, bias) = f"{layers[0].name}_merged", joined(held)
+    w = graph.add_tensor(f"{name}.weight", nn.Parameter(weight))
+    biased = any(one is not None for _, one in held)
+    b = graph.add_tensor(f"{name}.bias", nn.Parameter(bias)) if biased else None
     with calls_before(graph, layers[0]) as call:
-        made = call(aten.linear.default, source(layers[0]), weight, bias)
-        parts = _split(call, made, [len(w) for w in weights])
+        made = call(aten.linear.default, source(layers[0]), w, b)
+        parts = _split(call, made, [len(one) for one, _ in held])
     for linear, part in zip(layers, parts):
         linear.replace_all_uses_with(part)
         graph.fx.erase_node(linear)

@@ -20,13 +20,14 @@ from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_passes.search import Lattice
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
-from tilecut_runtime.reference import Arrays, Case, drift_rungs
+from tilecut_runtime.reference import Arrays, Case
 from tilecut_runtime.session import RUNTIMES, Session
+from tilecut_runtime.timing import PRUNED
 from tilecut_targets.cost_model import CostModel
-from tilecut_targets.edge.contend import DENSE, EXPORTED, PRUNED
+from tilecut_targets.edge.contend import DENSE, EXPORTED
 from tilecut_targets.edge.describe_emission import describe_emission
 from tilecut_targets.edge.measure_layers import measure_layers
-from tilecut_targets.target import Contenders, Target, Written, count_attentions, rung
+from tilecut_targets.target import Contenders, Target, Written, count_attentions
 from tilecut_targets.unpack_attention import UnpackAttention
 
 
@@ -96,13 +97,9 @@ class RuntimeTarget(Target):
         checked = self.check(folder)
         # The session that `load` opens.
         session: Session = RUNTIMES[self.runtime](folder, manifest, None, None)
-        outputs = [session.run(case.inputs) for case in cases]
         sizes = ", ".join(case.size for case in cases)
         detail = f"{session.how} against torch on ragged inputs of {sizes}"
-        if manifest.quantize is not None:
-            return [checked, *drift_rungs(cases, outputs, manifest.tolerance, detail)]
-        error = max(case.error(got) for case, got in zip(cases, outputs))
-        return [checked, rung("artifact equals pruned model", error, self.tolerance, detail)]
+        return [checked, *self.agreement(manifest, cases, session.run, detail)]
 
     def contenders(
         self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path

@@ -20,7 +20,7 @@ from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
-from tilecut_runtime.reference import Arrays, Case, drift_rungs
+from tilecut_runtime.reference import Arrays, Case
 from tilecut_runtime.session import onnx_runner
 from tilecut_targets.check_onnx import check_onnx
 from tilecut_targets.cost_model import CostModel
@@ -31,7 +31,7 @@ from tilecut_targets.edge.forms import Forms, write_forms
 from tilecut_targets.edge.gemm_floor import products_runner, write_products
 from tilecut_targets.edge.measure_layers import measure_layers
 from tilecut_targets.edge.quantize_onnx import CALIBRATED, QUANTIZATIONS, quantize_onnx
-from tilecut_targets.target import Contenders, Target, Written, count_attentions, rung
+from tilecut_targets.target import Contenders, Target, Written, count_attentions
 
 MODEL = "model.onnx"
 FUSED_ATTENTION = ("Attention", "MultiHeadAttention", "QAttention")
@@ -113,11 +113,7 @@ class EdgeTarget(Target):
         sizes = ", ".join(case.size for case in cases)
         how = "onnxruntime, weights mapped from their file," if beside else "onnxruntime"
         detail = f"{how} against torch on ragged inputs of {sizes}"
-        if manifest.quantize is not None:
-            outputs = [dict(zip(names, run(case.inputs))) for case in cases]
-            return [checked, *drift_rungs(cases, outputs, manifest.tolerance, detail)]
-        error = max(case.error(dict(zip(names, run(case.inputs)))) for case in cases)
-        return [checked, rung("artifact equals pruned model", error, self.tolerance, detail)]
+        return [checked, *self.agreement(manifest, cases, lambda inputs: dict(zip(names, run(inputs))), detail)]
 
     def contenders(self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path) -> Contenders:
         """The dense model by this very path, as torch exports it, and after onnxruntime's own transformer optimizer."""
