@@ -28,7 +28,8 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class MacTerm:
-    """One contraction: its MACs are the product of the sizes of `axes`, those of the result and what is contracted."""
+    """One contraction: its MACs are the product of the sizes of `axes`: of the result, of what is contracted, and of the
+    residual branches that it runs in (1, or 0 where one is removed)."""
 
     node: str
     axes: tuple[Axis, ...]
@@ -126,7 +127,10 @@ class MacCounter:
 def mac_terms(axes: Axes) -> list[MacTerm]:
     """Every contraction of the graph."""
     calls = [n for n in axes.graph.nodes if n.op == "call_function" and n.target in TERMS]
-    return [MacTerm(node.name, tuple(sizes)) for node in calls for sizes in TERMS[node.target](axes, node)]
+    within = {node: [b.axis for b in axes.branches if node in b.nodes] for node in calls}
+    return [
+        MacTerm(node.name, (*sizes, *within[node])) for node in calls for sizes in TERMS[node.target](axes, node)
+    ]
 
 
 def _matmul(axes: Axes, node: fx.Node) -> list[Types]:

@@ -248,9 +248,9 @@ def _integer(value: Any) -> int:
 
 
 def _check_units(g: GroupPlan) -> None:
-    if not g.kept:
+    if not g.kept and g.kind != "layers":
         raise PlanError("PrunePlan", f"group {g.name} keeps nothing", got=0, wanted="at least 1 unit")
-    if len(set(g.kept)) != len(g.kept) or min(g.kept) < 0 or max(g.kept) >= g.size:
+    if len(set(g.kept)) != len(g.kept) or any(not 0 <= unit < g.size for unit in g.kept):
         bad = next((u for i, u in enumerate(g.kept) if u in g.kept[:i] or not 0 <= u < g.size), g.kept[0])
         raise PlanError(
             "PrunePlan",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tilecut_passes.axes.branches import remove_branches
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.axes.selection import PAD, Selection
@@ -37,7 +38,10 @@ class Prune:
             chosen = kept(planned)
             if chosen != list(range(group.size)):
                 units[group.axis] = chosen
-        return select_units(axes, Selection(units)) if units else 0
+        changed = select_units(axes, Selection(units)) if units else 0
+        removed = [branch for branch in axes.branches if branch.axis in units]
+        remove_branches(graph, removed)
+        return changed + len(removed)
 
 
 def as_cut(dense: Graph, plan: PrunePlan) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:

@@ -36,6 +36,13 @@ class Axis:
         self.frozen: str | None = None
         self.roles: set[str] = set()
 
+    @staticmethod
+    def unit() -> Axis:
+        """A leaf of one unit, which may go: a residual branch."""
+        axis = Axis(1)
+        axis._form = None
+        return axis
+
     @property
     def root(self) -> Axis:
         """What this axis has been unified with."""

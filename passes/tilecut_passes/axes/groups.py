@@ -9,6 +9,7 @@ multiplying by a 0/1 mask equals removing units) and a kind, which comes from wh
     hidden     a norm's statistics run over it, so that removing a unit is not masking it
     experts    batches a product with a weight
     neurons    anything else that is contracted
+    layers     one unit: a residual branch, there or not (branches.py)
 """
 
 from __future__ import annotations
@@ -76,6 +77,10 @@ def find_groups(axes: Axes) -> list[Group]:
             for leaf in dict.fromkeys(axis.leaves):
                 members.setdefault(leaf, []).extend(Member(name, dim, *where) for where in occurrences(axis, leaf))
                 dims.setdefault(leaf, []).append(axis)
+    for branch in axes.branches:
+        names = [str(n.target) for n in branch.nodes if n.op == "get_attr"]
+        shapes = {name: axes.graph.tensor(name).shape for name in axes.tensors if name in names}
+        members[branch.axis] = [Member(name, 0, 0, (1, shape[0]), 0) for name, shape in shapes.items() if shape]
     gates: dict[Axis, list[Sink]] = {}
     for sink in axes.sinks:
         for leaf in dict.fromkeys(sink.axis.leaves):
@@ -83,14 +88,20 @@ def find_groups(axes: Axes) -> list[Group]:
     found: list[Group] = []
     taken: dict[str, int] = {}
     order = {node: i for i, node in enumerate(axes.graph.nodes)}
-    parameters = _parameters(axes)
+    parameters, branches = _parameters(axes), {branch.axis for branch in axes.branches}
     for leaf in sorted((x for x in members if x in gates), key=lambda x: order[gates[x][0].node]):
-        if leaf.frozen or not isinstance(leaf.size, int) or leaf.size < 2:
+        is_branch = leaf in branches
+        if leaf.frozen or not isinstance(leaf.size, int) or (leaf.size < 2 and not is_branch):
             continue
-        if not any(m.parameter in parameters for m in members[leaf]):
+        held = [m.parameter for m in members[leaf] if m.parameter in parameters]
+        if not held and not is_branch:
             continue
-        kind = _kind(leaf, dims[leaf])
-        name = f"{_owner([m.parameter for m in members[leaf]])}:{kind}"
+        kind = "layers" if is_branch else _kind(leaf, dims[leaf])
+        if is_branch:
+            # The norms before a branch are its own, but it is called after its matrices; one of shared weights has none.
+            held = [name for name in held if axes.graph.tensor(name).ndim > 1] or held
+        owner = _owner([m.parameter for m in members[leaf]] if not is_branch else held or [f"{gates[leaf][0].node.name}."])
+        name = f"{owner}:{kind}"
         taken[name] = taken.get(name, 0) + 1
         unique = name if taken[name] == 1 else f"{name}#{taken[name]}"
         found.append(Group(unique, kind, leaf.size, leaf, tuple(members[leaf]), tuple(gates[leaf])))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tilecut_passes.axes.axis import Axis, coefficient, unify
+from tilecut_passes.axes.branches import Branch, find_branches
 from tilecut_passes.graph import Graph, arguments, sizes_of, source, value_of
 
 aten = torch.ops.aten
@@ -63,6 +64,7 @@ class Axes:
     makers: list[fx.Node] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)
     borders: list[Border] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
     constants: set[fx.Node] = field(default_factory=set)
     # Parameters, and what is computed from nothing else.
     weights: set[fx.Node] = field(default_factory=set)
@@ -123,6 +125,8 @@ def infer(graph: Graph) -> Axes:
                 freeze_interface(axes.of[result], name in continued, "output of the model")
         else:
             axes.of[node] = _apply(axes, node, value, RULES)
+    axes.branches = find_branches(graph, {sink.node for sink in axes.sinks})
+    axes.sinks += [Sink(one.node, one.argument, 0, one.axis) for one in axes.branches]
     return axes
 
 
