@@ -1,7 +1,8 @@
 """Mask: a plan as 0/1 multiplications at the gates of the dense graph. The reference that `prune` is compared with.
 
 A gate is the activation at a sink of the group: the operand that the next op contracts. Multiplying there by 0 removes
-the unit exactly, whatever the function before it makes of zero.
+the unit exactly, whatever the function before it makes of zero. Where statistics run over the units, they run over those
+that stay (`mask_norms.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tilecut_passes.axes.groups import Group, find_groups
 from tilecut_passes.axes.infer import Sink, infer
 from tilecut_passes.axes.selection import Selection
 from tilecut_passes.graph import Graph
+from tilecut_passes.mask_norms import restrict_statistics
 from tilecut_passes.plan import PrunePlan
 
 aten = torch.ops.aten
@@ -43,7 +45,7 @@ class Mask:
             gate = graph.add_tensor(f"tilecut_mask_{i}", mask.reshape(along(sink.dim, value.ndim)))
             multiply_at(graph, sink, gate)
             count += 1
-        return count
+        return count + restrict_statistics(axes, selection)
 
 
 def multiply_at(graph: Graph, sink: Sink, factor: fx.Node) -> fx.Node:

@@ -132,7 +132,8 @@ def _owner(parameters: list[str]) -> str:
 
 
 def _kind(leaf: Axis, dims: list[Axis]) -> str:
-    if "norm" in leaf.roles:
+    # Queries and keys may be normed head by head: their width is still the heads'.
+    if "norm" in leaf.roles and ("head" in leaf.roles or "qk" not in leaf.roles):
         return "hidden"
     if "head" in leaf.roles:
         for axis in dims:

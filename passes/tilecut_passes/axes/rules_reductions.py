@@ -122,12 +122,13 @@ POSITIONS = (
     aten.kthvalue.default,
 )
 
+EXTREMA = (aten.max.dim, aten.min.dim)
+SIMILARITIES = (aten.cosine_similarity.default, aten.pairwise_distance.default)
+
 RULES = {
     **dict.fromkeys(SUMS, sum_),
     **dict.fromkeys(STATISTICS, statistic),
     **dict.fromkeys(POSITIONS, position),
-    aten.max.dim: extremum_at,
-    aten.min.dim: extremum_at,
-    aten.cosine_similarity.default: similarity,
-    aten.pairwise_distance.default: similarity,
+    **dict.fromkeys(EXTREMA, extremum_at),
+    **dict.fromkeys(SIMILARITIES, similarity),
 }
