@@ -33,6 +33,9 @@ def restrict_statistics(axes: Axes, selection: Selection) -> int:
             one.norm(node, dims_of(range(-len(arguments(node)["normalized_shape"]), 0), len(axes.input(node))))
         elif is_call(node, *GROUP_NORMS):
             one.norm(node, [1])
+        elif is_call(node, aten._weight_norm.default):
+            rank = len(axes.input(node))
+            one.norm(node, [d for d in range(rank) if d != arguments(node)["dim"] % rank])
     return one.count
 
 
@@ -71,7 +74,7 @@ class _Restrict:
                     set_argument(node, name, vector := self._select(vector, place, axis, node))
         if is_call(node, *GROUP_NORMS):
             resize_group_norm(self.axes, node, self.selection)
-        else:
+        elif is_call(node, *LAYER_NORMS):
             sizes = [self.selection.count(axis) for axis in types[-len(a["normalized_shape"]) :]]
             set_argument(node, "normalized_shape", sizes)
         for result in self._results(node):
