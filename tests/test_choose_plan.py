@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checks import bert_graph
-from tilecut.choose_plan import choose_plan, keep_everything, unit_numbers
+from tilecut.choose_plan import choose_plan, keep_everything
 from tilecut.config import PruneConfig
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
-from tilecut_passes.count_macs import MacCounter, count_parameters
+from tilecut_passes.count_macs import MacCounter, ParameterCounter, count_parameters
 from tilecut_passes.prune import Prune
 from tilecut_passes.rearrange_masks import removal_loss
 from tilecut_passes.run_passes import run_passes
@@ -55,7 +55,8 @@ def test_the_callers_block_meets_the_targets():
 
 def test_parameters_and_bytes_of_the_pruned_graph_meet_their_budget():
     dense = count_parameters(GRAPH)
-    budget = dense - sum(unit_numbers(GRAPH, g) * g.size for g in GROUPS) // 2
+    counter = MacCounter(AXES, GROUPS, PruneConfig().sizes())
+    budget = dense - ParameterCounter(AXES, counter).of_groups([g.name for g in GROUPS]) // 2
     for config in (
         {"max_params": budget},
         {"max_bytes": 4 * budget + sum(b.numel() * 8 for b in GRAPH.tensors.values() if b.dtype == torch.int64)},

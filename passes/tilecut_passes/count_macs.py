@@ -22,6 +22,7 @@ from tilecut_passes.axes.infer import Axes, Types, broadcast
 from tilecut_passes.axes.rules_contractions import MATMULS
 from tilecut_passes.axes.rules_convolutions import CONVOLUTIONS, is_transposed
 from tilecut_passes.graph import PACKED_ATTENTION, Graph, Size, arguments, number_of, size_of, value_of
+from tilecut_passes.project_outputs import PREFIX, is_projection
 
 aten = torch.ops.aten
 
@@ -33,6 +34,8 @@ class MacTerm:
 
     node: str
     axes: tuple[Axis, ...]
+    # A layer that is there only where the model is cut: it costs nothing at the dense sizes.
+    spare: bool = False
 
 
 class MacCounter:
@@ -99,6 +102,15 @@ class MacCounter:
         order = {name: i for i, name in enumerate(names)}
         return sorted((sorted(s, key=order.__getitem__) for s in sets), key=lambda s: order[s[0]])
 
+    def within(self, groups: Sequence[Group]) -> dict[str, list[str]]:
+        """Of every residual branch among the groups, the others whose contractions all run in it."""
+        leaves = {g.name: g.axis for g in groups if g.kind == "layers"}
+        terms = {g.name: self.terms_of([g.name]) for g in groups if g.kind != "layers"}
+        return {
+            layer: [name for name, own in terms.items() if own and all(leaf in self._leaves_of(t) for t in own)]
+            for layer, leaf in leaves.items()
+        }
+
     def _leaves(self, counts: Mapping[str, int] | None) -> dict[Axis, int]:
         return {self.leaf_of[name]: n for name, n in (counts or {}).items()}
 
@@ -106,6 +118,8 @@ class MacCounter:
         return {leaf for axis in term.axes for leaf in axis.leaves}
 
     def _term(self, term: MacTerm, counts: dict[Axis, int]) -> int:
+        if term.spare and all(counts.get(leaf, leaf.size) == leaf.size for axis in term.axes for leaf in axis.leaves):
+            return 0
         return math.prod(self._size(axis, counts) for axis in term.axes)
 
     def _size(self, axis: Axis, counts: dict[Axis, int]) -> int:
@@ -124,12 +138,32 @@ class MacCounter:
         return number_of(size, {**self.at, **unknown})
 
 
+class ParameterCounter(MacCounter):
+    """Numbers (or bytes) of a graph's tensors, as a function of how many units each group keeps: the same sums.
+
+    Floating tensors count, with `in_bytes` all. A tensor that a removed branch alone reads goes with it.
+    """
+
+    def __init__(self, axes: Axes, counter: MacCounter, in_bytes: bool = False):
+        self.leaf_of, self.sequence, self.at, self._cache = counter.leaf_of, counter.sequence, counter.at, {}
+        nodes = {str(n.target): n for n in axes.graph.nodes if n.op == "get_attr"}
+        self.terms = []
+        for name, types in axes.tensors.items():
+            tensor = axes.graph.tensor(name)
+            if in_bytes or tensor.is_floating_point():
+                branches = [branch.axis for branch in axes.branches if nodes[name] in branch.nodes]
+                size = [Axis(tensor.element_size())] if in_bytes else []
+                self.terms.append(MacTerm(name, (*types, *branches, *size), name.startswith(PREFIX)))
+
+
 def mac_terms(axes: Axes) -> list[MacTerm]:
     """Every contraction of the graph."""
     calls = [n for n in axes.graph.nodes if n.op == "call_function" and n.target in TERMS]
     within = {node: [b.axis for b in axes.branches if node in b.nodes] for node in calls}
     return [
-        MacTerm(node.name, (*sizes, *within[node])) for node in calls for sizes in TERMS[node.target](axes, node)
+        MacTerm(node.name, (*sizes, *within[node]), is_projection(node))
+        for node in calls
+        for sizes in TERMS[node.target](axes, node)
     ]
 
 

@@ -32,6 +32,8 @@ class EnforceHeadWidth(LegalizeGroups):
 
     def wanted_size(self, axes: Axes, group: Group, count: int) -> int:
         """Units so that the whole head is a multiple; a rotary half occurs twice in its head and counts twice."""
+        if "norm" in group.axis.roles:
+            return count
         sink = group.gates[0]
         head = next((a for a in axes.of[sink.source] if group.axis in a.leaves), group.axis)
         inner = [f for f in head.factors if group.axis in f.leaves]

@@ -7,7 +7,7 @@ or a pattern of either (`*layer.0.*`, `neurons`); a later entry of a mapping ove
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tilecut_passes.axes.groups import Group
@@ -24,6 +24,7 @@ class Constraints:
         fixed: what a group has in the end.
         least, most: the fewest and the most units that a group may have.
         uniform: groups of one kind and dense size have equally many units.
+        allows: what else a size must meet, such as the width of a whole head.
     """
 
     keep: Sequence[str] = ()
@@ -31,6 +32,7 @@ class Constraints:
     least: Mapping[str, int] = field(default_factory=dict)
     most: Mapping[str, int] = field(default_factory=dict)
     uniform: bool = False
+    allows: Callable[[Group, int], bool] = lambda group, size: True
 
 
 def legal_sizes(groups: Sequence[Group], lattice: Lattice, asked: Constraints) -> dict[str, list[int]]:
@@ -58,7 +60,7 @@ def alike(groups: Sequence[Group], asked: Constraints) -> list[list[str]]:
         return []
     classes: dict[tuple[str, int], list[str]] = {}
     for group in groups:
-        if not any(fits(group, pattern) for pattern in asked.keep):
+        if group.kind != "layers" and not any(fits(group, pattern) for pattern in asked.keep):
             classes.setdefault((group.kind, group.size), []).append(group.name)
     return [names for names in classes.values() if len(names) > 1]
 
@@ -69,7 +71,7 @@ def fits(group: Group, pattern: str) -> bool:
 
 
 def _sizes(group: Group, lattice: Lattice, asked: Constraints) -> list[int]:
-    all_legal = lattice.sizes(group.kind, group.size)
+    all_legal = [n for n in lattice.sizes(group.kind, group.size) if n == group.size or asked.allows(group, n)]
     if any(fits(group, pattern) for pattern in asked.keep):
         return [group.size]
     if group.name in asked.fixed:
@@ -82,7 +84,7 @@ def _sizes(group: Group, lattice: Lattice, asked: Constraints) -> list[int]:
                 wanted=f"one of {', '.join(map(str, all_legal))}",
             )
         return [wanted]
-    least, most = _asked(group, asked.least, 1), _asked(group, asked.most, group.size)
+    least, most = _asked(group, asked.least, 0 if group.kind == "layers" else 1), _asked(group, asked.most, group.size)
     legal = [n for n in all_legal if least <= n <= most]
     if not legal:
         raise ConfigError(

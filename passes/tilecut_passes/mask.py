@@ -20,6 +20,7 @@ from tilecut_passes.axes.selection import Selection
 from tilecut_passes.graph import Graph
 from tilecut_passes.mask_norms import restrict_statistics
 from tilecut_passes.plan import PrunePlan
+from tilecut_passes.prune import open_hidden
 
 aten = torch.ops.aten
 
@@ -32,6 +33,7 @@ class Mask:
 
     def __call__(self, graph: Graph) -> int:
         """Insert the multiplications; returns how many."""
+        open_hidden(graph, self.plan)
         axes = infer(graph)
         selection = Selection(
             {group.axis: planned.kept for group, planned in self.plan.matched(graph, find_groups(axes))}

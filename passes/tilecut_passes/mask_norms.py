@@ -18,7 +18,7 @@ from tilecut_passes.axes.rules_normalizations import CHANNEL_VECTORS, GROUP_NORM
 from tilecut_passes.axes.rules_reductions import EXTREMA, SIMILARITIES, STATISTICS
 from tilecut_passes.axes.rules_views import set_argument
 from tilecut_passes.axes.selection import Selection
-from tilecut_passes.graph import Graph, arguments, is_call, value_of
+from tilecut_passes.graph import arguments, is_call, value_of
 
 aten = torch.ops.aten
 
@@ -68,10 +68,13 @@ class _Restrict:
             x = self._select(x, dim, types[dim], node)
         node.update_arg(0, x)
         for name in CHANNEL_VECTORS:
-            vector = a.get(name)
-            for place, axis in enumerate(self.axes.of[vector] if vector is not None else []):
+            vector: fx.Node | None = a.get(name)
+            if vector is None:
+                continue
+            for place, axis in enumerate(self.axes.of[vector]):
                 if self._loses(axis):
-                    set_argument(node, name, vector := self._select(vector, place, axis, node))
+                    vector = self._select(vector, place, axis, node)
+            set_argument(node, name, vector)
         if is_call(node, *GROUP_NORMS):
             resize_group_norm(self.axes, node, self.selection)
         elif is_call(node, *LAYER_NORMS):

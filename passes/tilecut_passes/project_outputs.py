@@ -63,6 +63,15 @@ class DropProjections:
         return len(same)
 
 
+def without_projections(graph: Graph) -> Graph:
+    """The graph without identities: the model as the caller has it."""
+    if not _projections(graph):
+        return graph
+    plain = graph.copy()
+    DropProjections()(plain)
+    return plain
+
+
 def is_projection(node: fx.Node) -> bool:
     """Whether a call is a layer that `ProjectOutputs` put in."""
     return is_call(node, aten.linear.default) and str(source(node, 1).target).startswith(PREFIX)

@@ -17,6 +17,7 @@ from tilecut_passes.axes.infer import infer
 from tilecut_passes.axes.selection import PAD, Selection
 from tilecut_passes.graph import Graph
 from tilecut_passes.plan import GroupPlan, PrunePlan
+from tilecut_passes.project_outputs import ProjectOutputs
 from tilecut_passes.select_units import select_states, select_units
 
 
@@ -32,6 +33,7 @@ class Prune:
         Raises:
             PlanError: the plan is not of this graph.
         """
+        open_hidden(graph, self.plan)
         axes = infer(graph)
         units = {}
         for group, planned in self.plan.matched(graph, find_groups(axes)):
@@ -42,6 +44,13 @@ class Prune:
         removed = [branch for branch in axes.branches if branch.axis in units]
         remove_branches(graph, removed)
         return changed + len(removed)
+
+
+def open_hidden(graph: Graph, plan: PrunePlan) -> None:
+    """The layers behind the outputs that a plan of the hidden width was made with, where they are not there yet."""
+    if any(planned.kind == "hidden" for planned in plan.groups) and ProjectOutputs()(graph):
+        graph.clean()
+        graph.propagate()
 
 
 def as_cut(dense: Graph, plan: PrunePlan) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:

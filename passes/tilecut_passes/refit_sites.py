@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from tilecut_passes.axes.axis import Axis
+from tilecut_passes.axes.branches import is_sum
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import Axes, infer
 from tilecut_passes.axes.rules_convolutions import CONVOLUTIONS as ALL_CONVOLUTIONS
@@ -115,11 +116,18 @@ def find_changed(dense: Graph, pruned: Graph, plan: Kept | None) -> tuple[set[fx
     narrowed = {
         n for n in pruned.nodes if (twin := twins.get(n.name)) and (twin in cut or _terms(n, pruned) != _terms(twin, dense))
     }
+    # What reads the stream where a branch was added to it.
+    names = {n.name for n in pruned.nodes}
+    bypassing = {n for n in pruned.nodes if any(is_sum(x) and x.name not in names for x in _inputs(twins.get(n.name)))}
     changed: set[fx.Node] = set()
     for node in pruned.nodes:
-        if node in narrowed or not changed.isdisjoint(node.all_input_nodes):
+        if node in narrowed or node in bypassing or not changed.isdisjoint(node.all_input_nodes):
             changed.add(node)
     return changed, narrowed
+
+
+def _inputs(node: fx.Node | None) -> Sequence[fx.Node]:
+    return node.all_input_nodes if node is not None else ()
 
 
 def _terms(node: fx.Node, graph: Graph) -> int:

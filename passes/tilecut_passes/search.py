@@ -43,7 +43,9 @@ class Lattice:
         return -(-count // block) * block
 
     def sizes(self, kind: str, size: int) -> list[int]:
-        """The legal sizes of a group, the dense one included, ascending."""
+        """The legal sizes of a group, the dense one included, ascending. A residual branch is there or not."""
+        if kind == "layers":
+            return [0, size]
         block = self.blocks.get(kind, 1)
         least = max((self.smallest or {}).get(kind, 1), 1)
         legal = [n for n in range(block, size, block) if n >= least]
@@ -90,6 +92,7 @@ def search(
     sizes: Mapping[str, Sequence[int]],
     limits: Sequence[Limit],
     alike: Sequence[Sequence[str]] = (),
+    within: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, int]:
     """How many units every group keeps: legal, within every limit, and losing least.
 
@@ -99,14 +102,16 @@ def search(
         curves: group name -> importance lost when only k units stay, for k = 0..size.
         sizes: group name -> its legal sizes, ascending (see `legal_sizes`).
         alike: groups that keep equally many units.
+        within: name of a residual branch -> the groups that go with it, at no loss of their own.
 
     Raises:
         ConfigError: a limit is below the smallest legal model (names the smallest reachable), or groups that must be
             alike share no size.
     """
     joined = _joined(sets, alike)
-    options = [_options(names, sizes, alike) for names in joined]
-    losses = [[sum(curves[name][n] for name, n in one.items()) for one in offered] for offered in options]
+    inside = within or {}
+    options = [_without_choice_in_removed(_options(names, sizes, alike), sizes, inside) for names in joined]
+    losses = [[lost(curves, one, inside) for one in offered] for offered in options]
     # A joined set is priced set by set: its costs add up.
     parts = [[names for names in sets if set(names) <= set(one)] for one in joined]
     costs = [
@@ -125,6 +130,29 @@ def search(
     chosen = _knapsack(losses, costs, [limit.limit - limit.rest for limit in limits])
     found = {name: n for offered, i in zip(options, chosen) for name, n in offered[i].items()}
     return {group.name: found[group.name] for group in groups}
+
+
+def lost(curves: Mapping[str, Sequence[float]], sizes: Mapping[str, int], within: Mapping[str, Sequence[str]]) -> float:
+    """What is lost at some sizes: what a removed branch takes along loses nothing more."""
+    gone = {name for layer, inner in within.items() if sizes.get(layer) == 0 for name in inner}
+    return sum(curves[name][n] for name, n in sizes.items() if name not in gone)
+
+
+def _without_choice_in_removed(
+    offered: list[dict[str, int]], sizes: Mapping[str, Sequence[int]], within: Mapping[str, Sequence[str]]
+) -> list[dict[str, int]]:
+    """Options of groups in a removed branch are all one: the one at the smallest sizes is left."""
+    return [
+        one
+        for one in offered
+        if all(
+            one[name] == sizes[name][0]
+            for layer, inner in within.items()
+            if one.get(layer) == 0
+            for name in inner
+            if name in one
+        )
+    ]
 
 
 def shown(amount: float) -> str:

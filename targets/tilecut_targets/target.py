@@ -113,7 +113,7 @@ class Target(ABC):
         both = math.lcm(self.block, block or 1)
         powers = self.power_of_two_heads if power_of_two_heads is None else power_of_two_heads
         return Lattice(
-            {"heads": 1, "kv_groups": 1, "queries": 1, "neurons": both},
+            {"heads": 1, "kv_groups": 1, "queries": 1, "neurons": both, "hidden": both},
             frozenset({"heads", "kv_groups", "queries"} if powers else ()),
             padded={"neurons": self.block},
         )

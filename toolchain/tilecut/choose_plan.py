@@ -10,15 +10,18 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tilecut.config import PruneConfig
+from tilecut.price_plan import HEAD_WIDTH, MILLISECONDS, WIDTHS, Prices, limits_of
+from tilecut.search_widths import latency_of, search_widths
 from tilecut_passes.axes.groups import Group, find_frozen, find_groups
 from tilecut_passes.axes.infer import Axes
-from tilecut_passes.count_macs import MacCounter, count_parameters
+from tilecut_passes.count_macs import MacCounter
+from tilecut_passes.enforce_head_width import EnforceHeadWidth
 from tilecut_passes.graph import Graph
 from tilecut_passes.legal_sizes import Constraints, alike, legal_sizes
 from tilecut_passes.plan import PrunePlan
 from tilecut_passes.rearrange_masks import rearrange_masks
 from tilecut_passes.score import Ranking
-from tilecut_passes.search import Lattice, Limit, search
+from tilecut_passes.search import Lattice, Limit, lost
 from tilecut_passes.search_fisher import search_latency, search_macs
 from tilecut_runtime.errors import ConfigError
 from tilecut_targets.cost_model import CostModel
@@ -28,8 +31,6 @@ log = logging.getLogger("tilecut.choose_plan")
 
 # What `adapt_block` tries, largest first.
 BLOCKS = (256, 128, 64, 32, 16)
-MILLISECONDS = "milliseconds"
-ATTENTION_KINDS = ("heads", "kv_groups", "queries")
 # What `num_heads_keep` counts: every attention has one of the two.
 HEAD_KINDS = ("heads", "kv_groups")
 
@@ -61,6 +62,20 @@ class Choice:
             "prunable_pruned": self.counter.of_groups(names, counts),
         }
 
+    def by_kind(self) -> dict[str, dict[str, int]]:
+        """What each kind gave: units before and after, and the MACs that go when it alone is cut as the plan says."""
+        whole = {g.name: g.size for g in self.plan.groups}
+        out = {}
+        for kind in dict.fromkeys(g.kind for g in self.plan.groups):
+            own = [g for g in self.plan.groups if g.kind == kind]
+            alone = {**whole, **{g.name: g.count for g in own}}
+            out[kind] = {
+                "units": sum(g.size for g in own),
+                "kept": sum(len(g.kept) for g in own),
+                "macs": self.counter.total() - self.counter.total({n: k for n, k in alone.items() if n in self.counter.leaf_of}),
+            }
+        return out
+
 
 def choose_plan(
     graph: Graph,
@@ -81,28 +96,29 @@ def choose_plan(
     Raises:
         ConfigError: a budget that no legal model meets (names the smallest reachable), or a constraint that fits nothing.
     """
-    names = [g.name for g in groups]
-    every_group = find_groups(axes)
-    counter = MacCounter(axes, every_group, config.sizes())
+    counter = MacCounter(axes, find_groups(axes), config.sizes())
     whole = _legal(PrunePlan.keep_all(graph, groups), graph, target, config.power_of_two_heads)
+    by_name = {g.name: g for g in groups}
     # Head widths and groups that may not be cut are padded whatever the search does.
-    always = {g.name: g.count for g in whole.groups if g.name not in set(names) and g.name in counter.leaf_of}
+    always = {g.name: g.count for g in whole.groups if g.name not in by_name and g.name in counter.leaf_of}
+    within = counter.within(groups)
+    asked = constraints(axes, groups, config, target)
+    curves = {name: ranking.losses for name, ranking in rankings.items()}
+
+    def prices_on(lattice: Lattice) -> Prices:
+        return Prices(axes, by_name, counter, target, lattice, always, within, latency)
 
     def sizes_on(lattice: Lattice) -> dict[str, int]:
-        asked = constraints(groups, config)
-        sizes, sets = legal_sizes(groups, lattice, asked), counter.groups_together(names)
-        limits = _limits(graph, groups, counter, config, lattice, always, latency)
+        prices, sizes = prices_on(lattice), legal_sizes(groups, lattice, asked)
         if fisher is not None:
-            return _by_fisher(groups, sets, fisher, sizes, limits, config)
-        return search(groups, sets, {n: r.losses for n, r in rankings.items()}, sizes, limits, alike(groups, asked))
-
-    def lost(sizes: Mapping[str, int]) -> float:
-        return sum(rankings[n].losses[k] for n, k in sizes.items())
+            sets = counter.groups_together(list(by_name))
+            return _by_fisher(groups, sets, fisher, sizes, limits_of(prices, config), config)
+        return search_widths(prices, config, curves, sizes, alike(groups, asked))
 
     block, lattice = config.block, target.lattice(config.block, config.power_of_two_heads)
     sizes = sizes_on(lattice)
     if config.adapt_block is not None:
-        allowed = lost(sizes) * (1 + config.adapt_block)
+        allowed = lost(curves, sizes, within) * (1 + config.adapt_block)
         for wanted in BLOCKS:
             coarse = target.lattice(wanted, config.power_of_two_heads)
             try:
@@ -110,7 +126,7 @@ def choose_plan(
             except ConfigError as e:
                 log.debug("block %d: %s", wanted, e)
                 continue
-            if lost(found) <= allowed:
+            if lost(curves, found, within) <= allowed:
                 block, lattice, sizes = wanted, coarse, found
                 break
     kept = {n: rankings[n].best(k) for n, k in sizes.items()}
@@ -121,22 +137,21 @@ def choose_plan(
     plan = replace(plan, target=str(target), at=config.sizes(), frozen=tuple(find_frozen(axes)))
     predicted = None
     if latency is not None:
-        full = {g.name: lattice.emitted(g.kind, g.size) for g in groups}
-        cut = {g.name: lattice.emitted(g.kind, sizes[g.name]) for g in groups}
-        predicted = latency.total(full), latency.total(cut)
+        prices = prices_on(lattice)
+        predicted = latency_of(prices, {n: g.size for n, g in by_name.items()}), latency_of(prices, sizes)
     return Choice(
         plan,
         lattice,
         counter,
         frozenset(g.kind for g in groups),
-        lost(sizes),
+        lost(curves, sizes, within),
         predicted,
         block if config.adapt_block is not None else None,
     )
 
 
-def constraints(groups: Sequence[Group], config: PruneConfig) -> Constraints:
-    """What the config asks of the sizes.
+def constraints(axes: Axes, groups: Sequence[Group], config: PruneConfig, target: Target) -> Constraints:
+    """What the config asks of the sizes, and heads' widths that the target takes without padding.
 
     Raises:
         ConfigError: num_heads_keep where no attention can be cut.
@@ -146,7 +161,9 @@ def constraints(groups: Sequence[Group], config: PruneConfig) -> Constraints:
         fixed = {g.name: config.num_heads_keep for g in groups if g.kind in HEAD_KINDS}
         if not fixed:
             raise ConfigError("PruneConfig", "num_heads_keep is asked for, but no attention can be cut")
-    return Constraints(config.keep, fixed, config.min_units, config.max_units, config.uniform)
+    width = EnforceHeadWidth(multiple=math.lcm(HEAD_WIDTH, target.head_width))
+    allows = lambda group, n: group.kind not in WIDTHS or width.wanted_size(axes, group, n) == n
+    return Constraints(config.keep, fixed, config.min_units, config.max_units, config.uniform, allows)
 
 
 def _by_fisher(
@@ -179,70 +196,3 @@ def keep_everything(graph: Graph, axes: Axes, groups: Sequence[Group], at: dict[
     plan = _legal(PrunePlan.keep_all(graph, groups), graph, target, None)
     plan = replace(plan, target=str(target), at=at, frozen=tuple(find_frozen(axes)))
     return Choice(plan, target.lattice(), MacCounter(axes, find_groups(axes), at), frozenset(g.kind for g in groups))
-
-
-def _limits(
-    graph: Graph,
-    groups: Sequence[Group],
-    counter: MacCounter,
-    config: PruneConfig,
-    lattice: Lattice,
-    always: Mapping[str, int],
-    latency: CostModel | None,
-) -> list[Limit]:
-    names = [g.name for g in groups]
-    by_name = {g.name: g for g in groups}
-    prunable = counter.of_groups(names)
-    limits = []
-
-    def macs(of: Sequence[str], sizes: Mapping[str, int]) -> float:
-        return counter.of_groups(of, {**always, **emitted(of, sizes)})
-
-    def emitted(of: Sequence[str], sizes: Mapping[str, int]) -> dict[str, int]:
-        return {n: lattice.emitted(by_name[n].kind, sizes[n]) for n in of}
-
-    # At 0 nothing has to go, not even what padding adds.
-    if config.cut_fraction:
-        limits.append(Limit("prunable MACs", math.floor((1 - config.cut_fraction) * prunable), macs))
-    if config.max_macs is not None:
-        limits.append(
-            Limit("MACs", config.max_macs, macs, rest=counter.total(always) - counter.of_groups(names, always))
-        )
-    if config.max_latency_ms is not None:
-        if latency is None:
-            raise ConfigError(
-                "PruneConfig",
-                "max_latency_ms is asked for, but there is no latency model",
-                fix="pass Target.cost()'s model, or give sparsity, max_macs, max_params or max_bytes",
-            )
-        model = latency
-        milliseconds = lambda of, sizes: model.of(of, emitted(of, sizes))
-        limits.append(Limit(MILLISECONDS, config.max_latency_ms, milliseconds, rest=model.rest))
-    if config.attention_sparsity is not None:
-        attention = {n for n in names if by_name[n].kind in ATTENTION_KINDS}
-        if not attention:
-            raise ConfigError("PruneConfig", "attention_sparsity is asked for, but no attention can be cut")
-        budget = math.floor((1 - config.attention_sparsity) * counter.of_groups([n for n in names if n in attention]))
-        limits.append(
-            Limit("attention MACs", budget, lambda of, sizes: macs(of, sizes) if attention.issuperset(of) else 0.0)
-        )
-    for what, budget, weight in (("parameters", config.max_params, 1), ("bytes", config.max_bytes, None)):
-        if budget is None:
-            continue
-        per_unit = {n: unit_numbers(graph, by_name[n], in_bytes=weight is None) for n in names}
-        whole = count_parameters(graph) if weight else sum(t.numel() * t.element_size() for t in graph.tensors.values())
-        fixed = whole - sum(per_unit[n] * by_name[n].size for n in names)
-        taken = lambda of, sizes, per=per_unit: sum(per[n] * k for n, k in emitted(of, sizes).items())
-        limits.append(Limit(what, budget, taken, rest=fixed))
-    return limits
-
-
-def unit_numbers(graph: Graph, group: Group, in_bytes: bool = False) -> int:
-    """How many numbers (or bytes) one unit of a group owns."""
-    total = 0
-    for member in group.members:
-        tensor = graph.tensor(member.parameter)
-        if tensor.is_floating_point():
-            numbers = tensor.numel() // tensor.shape[member.dim] * math.prod(member.view) // member.view[member.axis]
-            total += numbers * (tensor.element_size() if in_bytes else 1)
-    return total

@@ -172,7 +172,7 @@ def emit(
         latency: dict[str, Any] = {"status": "not measured"}
         if measure:
             with progress.stage("latency"), tempfile.TemporaryDirectory() as scratch:
-                latency = measure_latency(target, made.dense, pruned, folder, manifest, plan.at, Path(scratch), progress.step)
+                latency = measure_latency(target, made.original, pruned, folder, manifest, plan.at, Path(scratch), progress.step)
         report = build_report(
             manifest,
             made,

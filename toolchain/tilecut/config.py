@@ -13,7 +13,9 @@ from tilecut.settings import Settings
 from tilecut_passes.score import IMPORTANCES
 from tilecut_runtime.errors import ConfigError
 
-KINDS = ("heads", "kv_groups", "queries", "neurons")
+# What is cut unless something else is asked for, and what else may be (docs/kinds.md).
+DEFAULT_KINDS = ("heads", "kv_groups", "queries", "neurons")
+KINDS = (*DEFAULT_KINDS, "qk_width", "vo_width", "hidden", "layers")
 METHODS = tuple(dict.fromkeys(("table", "fisher", *IMPORTANCES)))
 AT = {"batch": 1, "sequence": 128, "threads": 1}
 
@@ -37,7 +39,7 @@ class PruneConfig(Settings):
     at: dict[str, int] = Field(
         default_factory=lambda: dict(AT), description="sizes at which MACs and latency are counted"
     )
-    kinds: tuple[str, ...] = Field(default=KINDS, description="kinds of group that may be cut")
+    kinds: tuple[str, ...] = Field(default=DEFAULT_KINDS, description="kinds of group that may be cut, of " + ", ".join(KINDS))
     block: int | None = Field(
         default=None, gt=0, description="widths are multiples of this and of the target's own block; None: the target's"
     )
@@ -98,6 +100,8 @@ class PruneConfig(Settings):
             raise ValueError("adapt_block chooses the block: leave block out")
         if unknown := [k for k in self.kinds if k not in KINDS]:
             raise ValueError(f"kind {unknown[0]!r} is none of {', '.join(KINDS)}")
+        if self.method == "fisher" and (odd := [k for k in self.kinds if k not in DEFAULT_KINDS]):
+            raise ValueError(f"method 'fisher' (Kwon et al.) knows no {odd[0]}: use method='table'")
         if not self.kinds:
             raise ValueError("kinds is empty: nothing could be cut")
         if bad := {k: v for k, v in self.at.items() if v < 1}:

@@ -21,6 +21,7 @@ from tilecut.prune_in_steps import prune_in_steps
 from tilecut.recover import recover
 from tilecut_passes.graph import Graph
 from tilecut_passes.plan import PrunePlan
+from tilecut_passes.project_outputs import DropProjections
 from tilecut_passes.prune import Prune, as_cut
 from tilecut_passes.reconstruct import Reconstruct
 from tilecut_passes.run_passes import PassRecord, run_passes
@@ -76,6 +77,8 @@ def _prune(made: Prepared, cut: CutModel, plan: PrunePlan, progress: Progress) -
     with progress.stage("prune"):
         cut.records += run_passes(cut.graph, [Prune(plan)])
         cut.rungs.append(check_cut(made.dense, cut.graph, plan))
+        # The hidden width stayed: no layer is needed to bring it back.
+        cut.records += run_passes(cut.graph, [DropProjections()])
 
 
 def _repair(made: Prepared, config: PruneConfig, cut: CutModel, plan: PrunePlan, progress: Progress) -> None:

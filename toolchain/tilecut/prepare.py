@@ -29,7 +29,9 @@ from tilecut_passes.disk_tensor import DiskTensors
 from tilecut_passes.example_inputs import DynamicDims
 from tilecut_passes.graph import Graph
 from tilecut_passes.legal_sizes import legal_sizes
+from tilecut_passes.project_outputs import ProjectOutputs, without_projections
 from tilecut_passes.rank_by_table import TableRanking, rank_by_table
+from tilecut_passes.run_passes import run_passes
 from tilecut_passes.score import IMPORTANCES, Ranking, score
 from tilecut_passes.score_gates import fisher_matrices
 from tilecut_runtime.errors import CalibrationError, CaptureError, ConfigError
@@ -70,6 +72,11 @@ class Prepared:
         return type(self.model).__name__
 
     @property
+    def original(self) -> Graph:
+        """The dense graph as the caller has it, without what makes the hidden width prunable."""
+        return without_projections(self.dense)
+
+    @property
     def fit(self) -> list:
         """The batches to fit with; none without data."""
         return self.calibrated.fit if self.calibrated is not None else []
@@ -107,6 +114,8 @@ def prepare(
         _check_dtype(dense, name)
         check_sizes(dense, name)
         _check_at(dense, config)
+        if config is not None and "hidden" in config.kinds:
+            run_passes(dense, [ProjectOutputs()])
     with progress.stage("axes"):
         axes = infer(dense)
         every_group = find_groups(axes)
@@ -121,7 +130,7 @@ def prepare(
     groups = _prunable(every_group, config, name, find_frozen(axes))
     made = Prepared(model, target, dense, axes, groups, notes=list(dense.notes))
     # What cannot be honoured is said before the long work.
-    sizes = legal_sizes(groups, target.lattice(config.block, config.power_of_two_heads), constraints(groups, config))
+    sizes = legal_sizes(groups, target.lattice(config.block, config.power_of_two_heads), constraints(axes, groups, config, target))
     with progress.stage("calibration"):
         check_weights(dense)
         made.calibrated = load_calibration(
@@ -187,10 +196,12 @@ def _outputs(graph: Graph, config: PruneConfig) -> tuple[str, ...]:
 
 def _cost_model(made: Prepared, config: PruneConfig, progress: Progress, needed: bool) -> CostModel | None:
     at = config.sizes()
-    sets = MacCounter(made.axes, find_groups(made.axes), at).groups_together([g.name for g in made.groups])
+    # Branches are there or not, and the hidden width is priced by its MACs: neither is measured.
+    groups = [g for g in made.groups if g.kind not in ("layers", "hidden")]
+    sets = MacCounter(made.axes, find_groups(made.axes), at).groups_together([g.name for g in groups])
     lattice = made.target.lattice(config.block, config.power_of_two_heads)
     found = made.target.cost(
-        made.dense, made.axes, made.groups, sets, at, lattice, config.cache_folder, progress.step
+        made.dense, made.axes, groups, sets, at, lattice, config.cache_folder, progress.step
     )
     if found is None and needed:
         raise ConfigError(

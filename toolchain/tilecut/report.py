@@ -38,7 +38,7 @@ def build_report(
     folder: Path,
 ) -> dict[str, Any]:
     """The report as plain data."""
-    dense, pruned, choice, calibration = made.dense, cut.graph, cut.choice, made.calibrated
+    dense, pruned, choice, calibration = made.original, cut.graph, cut.choice, made.calibrated
     macs = choice.macs()
     files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     deployed = set(manifest.entry.values()) | {
@@ -56,6 +56,7 @@ def build_report(
         "lattice": choice.lattice.describe(),
         "at": choice.plan.at,
         "macs": macs,
+        "kinds": choice.by_kind(),
         "parameters": {"dense": count_parameters(dense), "pruned": count_parameters(pruned)},
         "bytes": {
             "dense_weights": weight_bytes(dense),
