@@ -9,7 +9,7 @@ A row with fewer real tokens than k keeps them all, and some padding, which stay
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,18 +48,16 @@ class PruneTokens:
         readers = stream.readers()
         first = chosen[0][0].attention
         (total,) = size_arguments(graph, first, (2,), first.next)
-        removals: list[_Removal] = []
         tokens: Count = total
         for site, planned in chosen:
             behind = stream.behind(site.stream)
             removal = _select(graph, stream, site, planned, total, tokens)
             _narrow(graph, stream, behind, removal, tokens)
-            removals.append(removal)
+            _restore(graph, stream, readers, removal, behind)
             tokens = removal.kept
             graph.clean()
             graph.propagate()
-        _restore(graph, stream, readers, removals)
-        return len(removals)
+        return len(chosen)
 
 
 @dataclass(frozen=True)
@@ -180,17 +178,15 @@ def _rewrite_literals(node: fx.Node, dims: Sequence[int], tokens: int, kept: Cou
 
 
 def _restore(
-    graph: Graph, stream: TokenStream, readers: Mapping[fx.Node, Sequence[fx.Node]], removals: Sequence[_Removal]
+    graph: Graph, stream: TokenStream, readers: dict[fx.Node, list[fx.Node]], removal: _Removal, behind: Sequence[fx.Node]
 ) -> None:
-    """Give what reads the stream outside of the layers every token again."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
+    """Give what reads the stream outside of the layers the removed tokens again."""
+    dim, inside = stream.token_dims[removal.stream][0], set(behind)
     for node, outside in readers.items():
-        gone = [one for one in removals if order[one.stream] < order[node]]
-        if not gone or not outside:
-            continue
-        with calls_before(graph, node.next) as call:
-            whole = node
-            for one in reversed(gone):
-                whole = call(aten.scatter.src, one.stream, stream.token_dims[one.stream][0], one.index, whole)
-        for user in outside:
-            user.replace_input_with(node, whole)
+        if node in inside and outside:
+            with calls_before(graph, node.next) as call:
+                whole = call(aten.scatter.src, removal.stream, dim, removal.index, node)
+            for user in outside:
+                user.replace_input_with(node, whole)
+            # An earlier removal's tokens are put back after these.
+            readers[node] = [whole]
