@@ -73,7 +73,7 @@ def select_tokens(
     order = call(aten.sort.stable, ranks, stable=True, dim=1, descending=True)
     order = call(operator.getitem, order, 1)
     best = call(aten.index_select.default, order, 1, call(aten.arange.default, kept, device=value_of(importance).device))
-    return call(operator.getitem, call(aten.sort.default, best, 1), 0)
+    return call(operator.getitem, call(aten.sort.stable, best, stable=True, dim=1), 0)
 
 
 def count_kept(call: Call, tokens: Count, fraction: Fraction) -> Count:
