@@ -13,7 +13,7 @@ that mix tokens, tensors that hold something for each position, and activations 
 
 from __future__ import annotations
 
-import os.path
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +117,7 @@ def find_token_sites(graph: Graph) -> TokenStream | str:
         return why or f"it has {len(layers)} self-attention layers: there is nothing between them"
     narrow = _narrow_places(graph, order)
     streams: list[fx.Node] = []
-    for before, after in zip(layers, layers[1:]):
+    for before, after in itertools.pairwise(layers):
         made = descendants(before)
         between = [n for n in narrow if order[n] < order[after] and n in made]
         if not between or after not in descendants(between[-1]):
@@ -130,9 +130,7 @@ def find_token_sites(graph: Graph) -> TokenStream | str:
     if leaving is None:
         return f"what follows {last.name} is no layer like those before"
     axes = infer(graph)
-    if isinstance(axes.of[last], Axis) or not isinstance(value_of(leaving), Tensor):
-        return f"{last.name} gives no tensor"
-    inside = _between(streams[0], leaving, order)
+    inside = nodes_between(streams[0], leaving, order)
     tokens = set(axes.of[last][2].leaves)
     dims = {n: token_dims(axes.of[n], tokens) for n in (*inside, *streams) if isinstance(value_of(n), Tensor)}
     if reason := _reason(axes, (*streams, leaving), inside, dims, tokens):
@@ -209,7 +207,7 @@ def _narrow_places(graph: Graph, order: dict[fx.Node, int]) -> list[fx.Node]:
         if node.op == "placeholder" or not from_input.isdisjoint(node.all_input_nodes):
             from_input.add(node)
         is_weight = node.op == "get_attr" and isinstance(graph.tensor(str(node.target)), nn.Parameter)
-        floats = node.op == "placeholder" and value.is_floating_point()
+        floats = node.op == "placeholder" and isinstance(value, Tensor) and value.is_floating_point()
         if is_weight or floats or not from_weight.isdisjoint(node.all_input_nodes):
             from_weight.add(node)
         if node in from_input and node in from_weight:
@@ -244,7 +242,7 @@ def _exit(
     return following[-1]
 
 
-def _between(stream: fx.Node, leaving: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
+def nodes_between(stream: fx.Node, leaving: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
     """What is computed from `stream` and leads to `leaving`, in order."""
     wanted = {leaving}
     todo = [leaving]
@@ -266,12 +264,12 @@ def _reason(
     """Why tokens cannot be removed from these nodes, or None."""
     within, size = set(inside), sizes_of(value_of(streams[0]))
     borders = {(b.user, b.source): b.axes for b in axes.borders}
+    if mixing := [reason for node in inside if (reason := _mixes(node, dims))]:
+        return mixing[0]
     for stream in streams:
         if value_of(stream).ndim != 3 or dims[stream] not in ((0,), (1,)):
             return f"{stream.name} is {size}, and its tokens are no dimension of three"
     for node in inside:
-        if reason := _mixes(node, dims):
-            return reason
         for one in node.all_input_nodes:
             if one in within or one in streams or not isinstance(value_of(one), Tensor):
                 continue
@@ -314,7 +312,8 @@ def _names(layers: Iterable[tuple[fx.Node, fx.Node]], order: dict[fx.Node, int])
     """The module path that all weights of a layer share, numbered where that is none or another layer's too."""
     found = []
     for attention, stream in layers:
-        nodes = _between(attention, stream, order)
+        nodes = nodes_between(attention, stream, order)
         read = [str(x.target).split(".") for n in nodes for x in n.all_input_nodes if x.op == "get_attr"]
-        found.append(".".join(os.path.commonprefix(read)) if read else "")
+        shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*read))
+        found.append(".".join(parts[0] for parts in shared))
     return [name if name and found.count(name) == 1 else f"{name or 'layer'}#{i}" for i, name in enumerate(found)]

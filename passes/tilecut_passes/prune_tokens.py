@@ -22,7 +22,7 @@ from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph, arguments, calls_before, is_call, size_arguments, size_of, sizes_of, value_of
 from tilecut_passes.run_passes import Pass
 from tilecut_passes.select_tokens import Count, count_kept, select_tokens, write_out
-from tilecut_passes.token_plan import TokenPlan, check_tokens
+from tilecut_passes.token_plan import TokenPlan, check_schedule
 from tilecut_runtime.errors import PlanError
 
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ def find_chosen(graph: Graph, tokens: Sequence[TokenPlan]) -> tuple[TokenStream,
     if unknown := [one.after for one in tokens if one.after not in order]:
         raise PlanError("tokens", "no such layer has others behind it", got=unknown[0], wanted=f"one of {', '.join(order)}")
     planned = sorted(tokens, key=lambda one: order.index(one.after))
-    check_tokens(planned)
+    check_schedule(planned)
     by_name = {site.name: site for site in stream.sites}
     left, chosen = 1.0, []
     for one in planned:

@@ -41,7 +41,7 @@ class TokenPlan:
         return TokenPlan(str(held["after"]), float(held["keep"]), int(held.get("first", 1)))
 
 
-def check_tokens(tokens: Sequence[TokenPlan], where: str = "tokens") -> None:
+def check_schedule(tokens: Sequence[TokenPlan], where: str = "tokens") -> None:
     """Whether every entry keeps something, and none more than the one before.
 
     Raises:

@@ -6,13 +6,16 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from tilecut.config import PruneConfig
+from tilecut.plan_tokens import TokenSchedule
 from tilecut_passes.axes.groups import Group, find_frozen, find_groups
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.count_macs import MacCounter, count_parameters
+from tilecut_passes.count_token_macs import TokenMacCounter
 from tilecut_passes.graph import Graph
 from tilecut_passes.legal_sizes import Constraints, alike, legal_sizes
 from tilecut_passes.plan import PrunePlan
@@ -39,7 +42,7 @@ class Choice:
     """A plan, the lattice it lies on, and the MACs before and after.
 
     `loss` is what the rankings predict is lost, `latency_ms` what the target's cost model predicts of dense and pruned
-    (None without one), `block` the block that `adapt_block` found (None: not asked for).
+    (None without one), `block` the block that `adapt_block` found (None: not asked for), `pruned` counts with tokens gone.
     """
 
     plan: PrunePlan
@@ -49,17 +52,27 @@ class Choice:
     loss: float = 0.0
     latency_ms: tuple[float, float] | None = None
     block: int | None = None
+    pruned: MacCounter | None = None
 
     def macs(self) -> dict[str, int]:
         """MACs of the whole model and of its prunable part, dense and pruned (padding is counted)."""
         counts = {g.name: g.count for g in self.plan.groups if g.name in self.counter.leaf_of}
         names = [g.name for g in self.plan.groups if g.name in self.counter.leaf_of and g.kind in self.prunable]
+        after = self.pruned or self.counter
         return {
             "dense": self.counter.total(),
-            "pruned": self.counter.total(counts),
+            "pruned": after.total(counts),
             "prunable_dense": self.counter.of_groups(names),
-            "prunable_pruned": self.counter.of_groups(names, counts),
+            "prunable_pruned": after.of_groups(names, counts),
         }
+
+    def tokens(self) -> list[dict[str, Any]]:
+        """The plan's entries with numbers of tokens, and what the pruned model's MACs would be were they all there."""
+        if not isinstance(self.pruned, TokenMacCounter):
+            return []
+        counts = {g.name: g.count for g in self.plan.groups if g.name in self.counter.leaf_of}
+        size, whole = self.pruned.tokens, self.counter.total(counts)
+        return [{**one.as_json(), "of": size, "kept": one.count(size), "macs_with_all": whole} for one in self.plan.tokens]
 
 
 def choose_plan(
@@ -71,12 +84,14 @@ def choose_plan(
     target: Target,
     latency: CostModel | None = None,
     fisher: Mapping[str, Tensor] | None = None,
+    tokens: TokenSchedule | None = None,
 ) -> Choice:
     """The plan that loses least within every budget of `config`.
 
     Args:
         latency: the target's cost model, for `max_latency_ms`.
         fisher: Fisher matrices [U, U] of the groups: search and rearrange by them, as Kwon et al. do.
+        tokens: those that go on the way; budgets of MACs hold with them gone.
 
     Raises:
         ConfigError: a budget that no legal model meets (names the smallest reachable), or a constraint that fits nothing.
@@ -84,6 +99,7 @@ def choose_plan(
     names = [g.name for g in groups]
     every_group = find_groups(axes)
     counter = MacCounter(axes, every_group, config.sizes())
+    pruned = tokens.counter(axes, every_group, config.sizes()) if tokens is not None else counter
     whole = _legal(PrunePlan.keep_all(graph, groups), graph, target, config.power_of_two_heads)
     # Head widths and groups that may not be cut are padded whatever the search does.
     always = {g.name: g.count for g in whole.groups if g.name not in set(names) and g.name in counter.leaf_of}
@@ -91,7 +107,7 @@ def choose_plan(
     def sizes_on(lattice: Lattice) -> dict[str, int]:
         asked = constraints(groups, config)
         sizes, sets = legal_sizes(groups, lattice, asked), counter.groups_together(names)
-        limits = _limits(graph, groups, counter, config, lattice, always, latency)
+        limits = _limits(graph, groups, counter, pruned, config, lattice, always, latency)
         if fisher is not None:
             return _by_fisher(groups, sets, fisher, sizes, limits, config)
         return search(groups, sets, {n: r.losses for n, r in rankings.items()}, sizes, limits, alike(groups, asked))
@@ -118,9 +134,11 @@ def choose_plan(
         kept = rearrange_masks(kept, fisher)
     plan = PrunePlan.keep_all(graph, groups).keeping(kept)
     plan = _legal(plan, graph, target, config.power_of_two_heads)
-    plan = replace(plan, target=str(target), at=config.sizes(), frozen=tuple(find_frozen(axes)))
+    entries = tokens.entries if tokens is not None else ()
+    plan = replace(plan, target=str(target), at=config.sizes(), frozen=tuple(find_frozen(axes)), tokens=entries)
     predicted = None
-    if latency is not None:
+    # The cost model was measured with every token there.
+    if latency is not None and not entries:
         full = {g.name: lattice.emitted(g.kind, g.size) for g in groups}
         cut = {g.name: lattice.emitted(g.kind, sizes[g.name]) for g in groups}
         predicted = latency.total(full), latency.total(cut)
@@ -132,6 +150,7 @@ def choose_plan(
         lost(sizes),
         predicted,
         block if config.adapt_block is not None else None,
+        pruned,
     )
 
 
@@ -185,6 +204,7 @@ def _limits(
     graph: Graph,
     groups: Sequence[Group],
     counter: MacCounter,
+    pruned: MacCounter,
     config: PruneConfig,
     lattice: Lattice,
     always: Mapping[str, int],
@@ -196,7 +216,7 @@ def _limits(
     limits = []
 
     def macs(of: Sequence[str], sizes: Mapping[str, int]) -> float:
-        return counter.of_groups(of, {**always, **emitted(of, sizes)})
+        return pruned.of_groups(of, {**always, **emitted(of, sizes)})
 
     def emitted(of: Sequence[str], sizes: Mapping[str, int]) -> dict[str, int]:
         return {n: lattice.emitted(by_name[n].kind, sizes[n]) for n in of}
@@ -206,9 +226,15 @@ def _limits(
         limits.append(Limit("prunable MACs", math.floor((1 - config.cut_fraction) * prunable), macs))
     if config.max_macs is not None:
         limits.append(
-            Limit("MACs", config.max_macs, macs, rest=counter.total(always) - counter.of_groups(names, always))
+            Limit("MACs", config.max_macs, macs, rest=pruned.total(always) - pruned.of_groups(names, always))
         )
     if config.max_latency_ms is not None:
+        if pruned is not counter:
+            raise ConfigError(
+                "PruneConfig",
+                "max_latency_ms is asked for, but the latency model knows of no tokens that go",
+                fix="give sparsity or max_macs, or leave tokens out",
+            )
         if latency is None:
             raise ConfigError(
                 "PruneConfig",
