@@ -44,9 +44,9 @@ def packed(tokenizer: Any, texts: list[str], lengths: list[int]) -> dict[str, np
             ids += tokenizer(next(source), add_special_tokens=False)["input_ids"]
         rows.append([tokenizer.cls_token_id, *ids[: length - 2], tokenizer.sep_token_id])
     longest = max(lengths)
-    ids = np.array([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows], dtype=np.int64)
+    padded = np.array([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows], dtype=np.int64)
     mask = (np.arange(longest)[None] < np.array(lengths)[:, None]).astype(np.int64)
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    return {"input_ids": padded, "attention_mask": mask, "token_type_ids": np.zeros_like(padded)}
 
 
 def pooled(session: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -60,7 +60,11 @@ def time_all(sessions: dict[str, Any], inputs: dict[str, np.ndarray], title: str
     """Every session on the same inputs, interleaved."""
     runs = {name: (lambda session=session: session.run(inputs)) for name, session in sessions.items()}
     with counted(title, rounds + 5) as advance:
-        return time_interleaved(runs, rounds, 5, lambda done, of: advance(1))
+
+        def one_round(done: int, of: int) -> None:
+            advance(1)
+
+        return time_interleaved(runs, rounds, 5, one_round)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def test_tokens_are_written_and_a_file_without_them_loads(tmp_path):
     plan.write(tmp_path / "plan.json")
     assert PrunePlan.read(tmp_path / "plan.json") == plan
     held = json.loads((tmp_path / "plan.json").read_text())
-    assert held["tokens"][1] == {"after": "b", "keep": 0.05, "first": 2}
+    assert held["tokens"][1] == {"after": "b", "keep": 0.05, "first": 2, "restored": "mean"}
     assert PrunePlan.from_json({k: v for k, v in held.items() if k != "tokens"}) == replace(plan, tokens=())
     assert [plan.tokens[0].count(n) for n in (1, 10, 11, 100)] == [1, 1, 2, 10]
 

@@ -21,7 +21,7 @@ from tilecut_passes.graph import Graph
 from tilecut_passes.mask_tokens import MaskTokens
 from tilecut_passes.prune_tokens import PruneTokens, token_passes
 from tilecut_passes.run_passes import largest_error, run_passes
-from tilecut_passes.token_plan import TokenPlan
+from tilecut_passes.token_plan import MEAN, OWN, TokenPlan
 from tilecut_runtime.errors import ConfigError, PlanError
 from tilecut_targets.find_target import find_target
 from zoo import ZOO
@@ -47,9 +47,9 @@ def deep_bert() -> tuple[Graph, TokenStream]:
     return fused_stream(capture(tiny_bert(layers=4)))
 
 
-def schedule(stream: TokenStream, *fractions: float) -> tuple[TokenPlan, ...]:
+def schedule(stream: TokenStream, *fractions: float, restored: str = MEAN) -> tuple[TokenPlan, ...]:
     """Fractions behind the first layers."""
-    return tuple(TokenPlan(site.name, f) for site, f in zip(stream.sites, fractions))
+    return tuple(TokenPlan(site.name, f, restored=restored) for site, f in zip(stream.sites, fractions))
 
 
 def after(graph: Graph, one: object) -> Graph:
@@ -59,10 +59,11 @@ def after(graph: Graph, one: object) -> Graph:
     return made
 
 
+@pytest.mark.parametrize("restored", [MEAN, OWN])
 @pytest.mark.parametrize("name", ENCODERS)
-def test_removed_equals_hidden(name):
+def test_removed_equals_hidden(name, restored):
     graph, stream = fused(name)
-    tokens = schedule(stream, 0.4)
+    tokens = schedule(stream, 0.4, restored=restored)
     cut, masked = after(graph, PruneTokens(tokens)), after(graph, MaskTokens(tokens))
     for i, shape in enumerate(SHAPES):
         inputs = make_inputs(graph, *shape, seed=i)
@@ -71,10 +72,11 @@ def test_removed_equals_hidden(name):
         assert largest_error(graph.run(inputs), got) > 1e-5, "nothing was removed"
 
 
+@pytest.mark.parametrize("restored", [MEAN, OWN])
 @pytest.mark.parametrize("fractions", [(0.6, 0.4, 0.2), (1.0, 0.5, 0.5), (0.01, 0.01, 0.01)])
-def test_a_schedule_over_several_layers(fractions):
+def test_a_schedule_over_several_layers(fractions, restored):
     graph, stream = deep_bert()
-    tokens = schedule(stream, *fractions)
+    tokens = schedule(stream, *fractions, restored=restored)
     cut, masked = after(graph, PruneTokens(tokens)), after(graph, MaskTokens(tokens))
     for i, shape in enumerate((*SHAPES, (1, 1), (4, 64))):
         inputs = make_inputs(graph, *shape, seed=i)
@@ -137,11 +139,24 @@ def test_the_tokens_that_stay_are_those_looked_at_most():
     importance = (out.attentions[0] * real[:, None, :, None]).sum((1, 2)).masked_fill(~real, -1)
     importance[:, 0] = float("inf")
     best = importance.topk(8, 1).indices
-    got = after(graph, PruneTokens(schedule(stream, 0.5))).run(inputs)["last_hidden_state"]
+    got = after(graph, PruneTokens(schedule(stream, 0.5, restored=OWN))).run(inputs)["last_hidden_state"]
     left = out.hidden_states[1]
     for row in range(2):
         moved = ~torch.isclose(left[row], got[row], atol=1e-5).all(-1)
         assert set(moved.nonzero()[:, 0].tolist()) == set(best[row].tolist())
+
+
+def test_mean_pooling_is_that_of_the_tokens_that_stayed():
+    graph, stream = deep_bert()
+    inputs = text_batch(3, 20, seed=4)
+    real = inputs["attention_mask"].float()[..., None]
+    mean, own = (
+        after(graph, PruneTokens(schedule(stream, 0.5, 0.3, restored=how))).run(inputs)["last_hidden_state"]
+        for how in (MEAN, OWN)
+    )
+    stayed = torch.isclose(mean, own, atol=1e-5).all(-1)[..., None] * real
+    pooled = [(x * w).sum(1) / w.sum(1) for x, w in ((mean, real), (own, stayed))]
+    assert torch.allclose(*pooled, atol=1e-4)
 
 
 def test_onnx_gives_the_same_on_ragged_inputs(tmp_path):
@@ -212,6 +227,7 @@ def test_unfused_attention_is_refused():
         ([TokenPlan("encoder.layer.0", 0.5), TokenPlan("encoder.layer.1", 0.6)], "more tokens stay than are left; got 0.6"),
         ([TokenPlan("encoder.layer.0", 0.5), TokenPlan("encoder.layer.0", 0.5)], "is there twice"),
         ([TokenPlan("encoder.layer.0", 0.5, first=-1)], "first tokens stay"),
+        ([TokenPlan("encoder.layer.0", 0.5, restored="zero")], "cannot be restored so; got 'zero'; wanted 'mean' or 'own'"),
         ([TokenPlan("encoder.layer.3", 0.5)], "no such layer has others behind it; got encoder.layer.3; wanted one of"),
     ],
 )

@@ -2,7 +2,7 @@
 
 Before: a graph whose attentions are fused. After, for every entry of the plan: the same tokens are chosen, and the
 attentions behind it do not see the others as keys. Where the stream is read outside of the layers, a token that has gone
-has the state with which it left. Nothing changes its shape.
+has the state with which it left, or the mean of the real ones that stayed, as the plan says. Nothing changes its shape.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tilecut_passes.axes.rules_views import set_argument
 from tilecut_passes.find_token_sites import ATTENTION
 from tilecut_passes.graph import Graph, arguments, calls_before, is_call, size_arguments
 from tilecut_passes.prune_tokens import find_chosen
-from tilecut_passes.select_tokens import count_kept, select_tokens, write_out
-from tilecut_passes.token_plan import TokenPlan
+from tilecut_passes.select_tokens import count_kept, mean_of_real, select_tokens, write_out
+from tilecut_passes.token_plan import MEAN, TokenPlan
 
 aten = torch.ops.aten
 
@@ -52,7 +52,8 @@ class MaskTokens:
                 none = call(aten.zeros_like.default, importance, dtype=torch.bool)
                 alive = call(aten.scatter.value, none, 1, places, True)
                 shown = alive if dim == 1 else call(aten.transpose.int, alive, 0, 1)
-                gone.append(_Gone(site.stream, alive, call(aten.unsqueeze.default, shown, 2), state))
+                shown = call(aten.unsqueeze.default, shown, 2)
+                gone.append(_Gone(site.stream, alive, shown, state, padding[site.attention], planned.restored))
                 visible: dict[fx.Node | None, fx.Node] = {None: alive}
                 for node in stream.behind(site.stream):
                     if is_call(node, ATTENTION):
@@ -66,7 +67,13 @@ class MaskTokens:
             if not before or not outside:
                 continue
             with calls_before(graph, node.next) as call:
-                whole = call(aten.where.self, before[-1].shown, node, before[-1].state)
+                last = before[-1]
+                if last.restored == MEAN:
+                    real = last.alive if last.seen is None else call(aten.logical_and.default, last.seen, last.alive)
+                    filled, _ = mean_of_real(call, node, stream.token_dims[last.stream][0], real)
+                else:
+                    filled = last.state
+                whole = call(aten.where.self, last.shown, node, filled)
             for user in outside:
                 user.replace_input_with(node, whole)
         return len(chosen)
@@ -80,3 +87,5 @@ class _Gone:
     alive: fx.Node
     shown: fx.Node
     state: fx.Node
+    seen: fx.Node | None
+    restored: str

@@ -2,8 +2,9 @@
 
 Before: a graph whose attentions are fused, with residual stream h [B, S, H] behind every layer. After, for every entry of
 the plan: the tokens that the layer's attention looks at most are gathered, and what follows computes with k of them, key
-padding gathered alike. Behind the last layer (and wherever the stream is an output) every removed token is back in its
-place with the state with which it left (the drop-and-restore of arXiv 2010.07003), so that outputs keep their shapes.
+padding gathered alike. Behind the last layer (and wherever the stream is an output) the removed places are filled again, so
+that outputs keep their shapes: with the mean of the real tokens that stayed, or with the state with which each left (the
+drop-and-restore of arXiv 2010.07003).
 A row with fewer real tokens than k keeps them all, and some padding, which stays hidden. Left alone: entries of 1.0.
 """
 
@@ -19,10 +20,20 @@ from torch import Tensor, fx
 from tilecut_passes.axes.rules_views import set_argument
 from tilecut_passes.find_token_sites import ATTENTION, TokenSite, TokenStream, find_token_sites
 from tilecut_passes.fuse_attention import FuseAttention
-from tilecut_passes.graph import Graph, arguments, calls_before, is_call, size_arguments, size_of, sizes_of, value_of
+from tilecut_passes.graph import (
+    Graph,
+    arguments,
+    calls_before,
+    is_call,
+    size_arguments,
+    size_of,
+    sizes_of,
+    source,
+    value_of,
+)
 from tilecut_passes.run_passes import Pass
-from tilecut_passes.select_tokens import Count, count_kept, select_tokens, write_out
-from tilecut_passes.token_plan import TokenPlan, check_schedule
+from tilecut_passes.select_tokens import Count, count_kept, mean_of_real, select_tokens, write_out
+from tilecut_passes.token_plan import MEAN, TokenPlan, check_schedule
 from tilecut_runtime.errors import PlanError
 
 aten = torch.ops.aten
@@ -62,14 +73,16 @@ class PruneTokens:
 
 @dataclass(frozen=True)
 class _Removal:
-    """Tokens going: the `stream` that they leave, the `places` [B, kept] of the others, also as an `index` into it, and
-    what remains."""
+    """Tokens going: the `stream` that they leave, the `places` [B, kept] of the others, also as an `index` into it, what
+    remains, and which of that is `seen` [B, kept]."""
 
     stream: fx.Node
     places: fx.Node
     index: fx.Node
     kept: Count
     remaining: fx.Node
+    seen: fx.Node | None
+    restored: str
 
 
 def token_passes(tokens: tuple[TokenPlan, ...]) -> tuple[Pass, ...]:
@@ -119,14 +132,15 @@ def _select(
         width = sizes_of(value_of(site.stream))[2]
         index = call(aten.expand.default, call(aten.unsqueeze.default, standing, 2), [-1, -1, width])
         remaining = call(aten.gather.default, site.stream, dim, index)
-        return _Removal(site.stream, places, index, kept, remaining)
+        left = None if seen is None else call(aten.gather.default, seen, 1, places)
+        return _Removal(site.stream, places, index, kept, remaining, left, planned.restored)
 
 
 def _narrow(graph: Graph, stream: TokenStream, behind: Sequence[fx.Node], removal: _Removal, tokens: Count) -> None:
     """Let what lies behind a removal compute with the tokens that stay."""
-    with calls_before(graph, removal.remaining.next) as call:
+    with calls_before(graph, (removal.seen or removal.remaining).next) as call:
         sizes = _Sizes(call, tokens, removal.kept)
-        gathered: dict[fx.Node, fx.Node] = {}
+        gathered = {} if removal.seen is None else {source(removal.seen): removal.seen}
         for node in behind:
             if is_call(node, ATTENTION) and (seen := arguments(node)["key_padding"]) is not None:
                 if seen not in gathered:
@@ -184,9 +198,16 @@ def _restore(
     dim, inside = stream.token_dims[removal.stream][0], set(behind)
     for node, outside in readers.items():
         if node in inside and outside:
+            # What it will be once sizes are propagated.
+            node.meta["val"] = value_of(removal.remaining)
             with calls_before(graph, node.next) as call:
-                whole = call(aten.scatter.src, removal.stream, dim, removal.index, node)
+                base, reading = removal.stream, []
+                if removal.restored == MEAN:
+                    mean, reading = mean_of_real(call, node, dim, removal.seen)
+                    # As long as the stream was.
+                    base = call(aten.expand_as.default, mean, removal.stream)
+                whole = call(aten.scatter.src, base, dim, removal.index, node)
             for user in outside:
                 user.replace_input_with(node, whole)
             # An earlier removal's tokens are put back after these.
-            readers[node] = [whole]
+            readers[node] = [whole, *reading]

@@ -87,3 +87,15 @@ def count_kept(call: Call, tokens: Count, fraction: Fraction) -> Count:
 def _for_keys(call: Call, seen: fx.Node) -> fx.Node:
     """[B, S] as [B, 1, 1, S]."""
     return call(aten.unsqueeze.default, call(aten.unsqueeze.default, seen, 1), 1)
+
+
+def mean_of_real(call: Call, states: fx.Node, dim: int, real: fx.Node | None) -> tuple[fx.Node, list[fx.Node]]:
+    """The mean over tokens of a stream [B, S, H] (or [S, B, H]), where `real` [B, S] says so; and what reads `states`."""
+    if real is None:
+        mean = call(aten.mean.dim, states, [dim], True)
+        return mean, [mean]
+    weights = real if dim == 1 else call(aten.transpose.int, real, 0, 1)
+    weights = call(aten._to_copy.default, call(aten.unsqueeze.default, weights, 2), dtype=value_of(states).dtype)
+    weighted = call(aten.mul.Tensor, states, weights)
+    count = call(aten.clamp_min.default, call(aten.sum.dim_IntList, weights, [dim], True), 1)
+    return call(aten.div.Tensor, call(aten.sum.dim_IntList, weighted, [dim], True), count), [weighted]

@@ -2,6 +2,8 @@
 
 `keep` is a fraction of all tokens that the model was given, padding included: k = ceil(keep * S), at least one. A later
 layer never keeps more than an earlier one. The first `first` tokens always stay: classification reads the first one.
+Outputs keep their shapes. In the places of removed tokens they hold, as `restored` says, the mean of the row's real tokens
+that stayed (a mean over all places is theirs then), or each token's own state, with which it left.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import Any
 
 from tilecut_runtime.errors import PlanError
 
+MEAN, OWN = "mean", "own"
+
 
 @dataclass(frozen=True)
 class TokenPlan:
@@ -21,6 +25,7 @@ class TokenPlan:
     after: str
     keep: float
     first: int = 1
+    restored: str = MEAN
 
     @property
     def fraction(self) -> Fraction:
@@ -33,12 +38,14 @@ class TokenPlan:
 
     def as_json(self) -> dict[str, Any]:
         """The entry as plan.json writes it."""
-        return {"after": self.after, "keep": self.keep, "first": self.first}
+        return {"after": self.after, "keep": self.keep, "first": self.first, "restored": self.restored}
 
     @staticmethod
     def from_json(held: Any) -> TokenPlan:
         """An entry from what `as_json` returned; a KeyError, TypeError or ValueError where it is none."""
-        return TokenPlan(str(held["after"]), float(held["keep"]), int(held.get("first", 1)))
+        return TokenPlan(
+            str(held["after"]), float(held["keep"]), int(held.get("first", 1)), str(held.get("restored", MEAN))
+        )
 
 
 def check_schedule(tokens: Sequence[TokenPlan], where: str = "tokens") -> None:
@@ -66,6 +73,13 @@ def check_schedule(tokens: Sequence[TokenPlan], where: str = "tokens") -> None:
             )
         if one.first < 0:
             raise PlanError(where, f"after {one.after} {one.first} first tokens stay", got=one.first, wanted="0 or more")
+        if one.restored not in (MEAN, OWN) or one.restored != tokens[0].restored:
+            raise PlanError(
+                where,
+                f"after {one.after} removed tokens cannot be restored so",
+                got=repr(one.restored),
+                wanted=f"{MEAN!r} or {OWN!r}, the same behind all layers",
+            )
         least = one.keep
     names = [one.after for one in tokens]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -51,6 +51,9 @@ def read_options(
         list[str] | None,
         _option("LAYER=FRACTION of the tokens that stays behind it, by number or name; or 'search'; may be repeated", SHAPE),
     ] = None,
+    tokens_restored: Annotated[
+        str | None, _option("mean or own: what outputs hold in the places of removed tokens", SHAPE)
+    ] = None,
     quantize: Annotated[str | None, _option("int8, int8-static, int4, int4:128 or fp16, on edge", SHAPE)] = None,
     method: Annotated[str | None, _option("table, fisher, or the name of an importance", METHOD)] = None,
     importance: Annotated[str | None, _option("the order in which units go, for --method table", METHOD)] = None,
@@ -102,6 +105,7 @@ def read_options(
                 "adapt_block": adapt_block,
                 "power_of_two_heads": power_of_two_heads,
                 "tokens": _tokens(tokens) if tokens else None,
+                "tokens_restored": tokens_restored,
                 "quantize": quantize,
                 "method": method,
                 "importance": importance,

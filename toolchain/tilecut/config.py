@@ -86,6 +86,11 @@ class PruneConfig(Settings):
         description="fraction of an encoder's tokens that stays behind a layer, by the layer's number, name or pattern; "
         "'search' finds them within the budget, with method='table'; None removes none",
     )
+    tokens_restored: Literal["mean", "own"] = Field(
+        default="mean",
+        description="what outputs hold in the places of removed tokens: the mean of those that stayed, so that mean pooling "
+        "is theirs, or each token's own state, with which it left",
+    )
     cache: str | None = Field(
         default=None, description="folder of cost tables; None: TILECUT_CACHE, else ~/.cache/tilecut; '' keeps none"
     )

@@ -13,7 +13,7 @@ from tilecut_passes.find_token_sites import TokenStream, find_token_sites
 from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import run_passes
-from tilecut_passes.token_plan import TokenPlan, check_schedule
+from tilecut_passes.token_plan import MEAN, TokenPlan, check_schedule
 from tilecut_runtime.errors import ConfigError
 
 
@@ -43,7 +43,9 @@ def fused_stream(dense: Graph) -> tuple[Graph, TokenStream]:
     return fused, stream
 
 
-def plan_tokens(stream: TokenStream, wishes: Mapping[int | str, float]) -> tuple[TokenPlan, ...]:
+def plan_tokens(
+    stream: TokenStream, wishes: Mapping[int | str, float], restored: str = MEAN
+) -> tuple[TokenPlan, ...]:
     """The entries for `wishes`: layers by number, by name or by a pattern that names any number of them.
 
     Raises:
@@ -64,7 +66,7 @@ def plan_tokens(stream: TokenStream, wishes: Mapping[int | str, float]) -> tuple
         if twice := [name for name in met if name in kept]:
             raise ConfigError("tokens", f"two wishes are for {twice[0]}", got=repr(wish), fix="leave one out")
         kept |= dict.fromkeys(met, fraction)
-    made = tuple(TokenPlan(name, kept[name]) for name in names if name in kept)
+    made = tuple(TokenPlan(name, kept[name], restored=restored) for name in names if name in kept)
     check_schedule(made)
     return made
 

@@ -128,7 +128,7 @@ def prepare(
     made = Prepared(model, target, dense, axes, groups, notes=list(dense.notes))
     fused, stream = fused_stream(dense) if config.tokens is not None else (None, None)
     if isinstance(config.tokens, Mapping) and stream is not None:
-        made.tokens = TokenSchedule(stream, plan_tokens(stream, config.tokens))
+        made.tokens = TokenSchedule(stream, plan_tokens(stream, config.tokens, config.tokens_restored))
     # What cannot be honoured is said before the long work.
     sizes = legal_sizes(groups, target.lattice(config.block, config.power_of_two_heads), constraints(groups, config))
     with progress.stage("calibration"):
@@ -161,7 +161,8 @@ def _token_losses(
             got=f"method {made.method!r}" if made.method != "table" else "max_latency_ms",
             fix="give calibration with method='table' and a budget of MACs, or say which tokens go: {2: 0.5}",
         )
-    return measure_token_losses(fused, stream, made.fit, _outputs(made.dense, config), progress.step)
+    outputs = _outputs(made.dense, config)
+    return measure_token_losses(fused, stream, made.fit, outputs, config.tokens_restored, progress.step)
 
 
 def _check_data(made: Prepared) -> None:

@@ -36,6 +36,7 @@ class TokenLosses:
 
     stream: TokenStream
     losses: Mapping[tuple[str, float], float]
+    restored: str
 
     def of(self, entries: Sequence[TokenPlan]) -> float:
         """What a schedule is predicted to lose."""
@@ -54,6 +55,7 @@ def measure_token_losses(
     stream: TokenStream,
     batches: Sequence[Batch],
     outputs: Sequence[str],
+    restored: str,
     progress: Callable[[int, int], None],
 ) -> TokenLosses:
     """Measure every layer at every fraction; a larger fraction loses no more than a smaller one.
@@ -69,7 +71,7 @@ def measure_token_losses(
         dense = [{k: v for k, v in fused.run(batch.inputs).items() if k in outputs} for batch in used]
         for i, (name, fraction) in enumerate(itertools.product(names, FRACTIONS)):
             hidden = fused.copy()
-            MaskTokens((TokenPlan(name, fraction),))(hidden)
+            MaskTokens((TokenPlan(name, fraction, restored=restored),))(hidden)
             hidden.clean()
             found = [
                 measure_divergence(want, {**want, **{k: v for k, v in hidden.run(b.inputs).items() if k in outputs}}, b)
@@ -78,7 +80,7 @@ def measure_token_losses(
             larger = losses.get((name, FRACTIONS[FRACTIONS.index(fraction) - 1]), 0.0) if fraction < FRACTIONS[0] else 0.0
             losses[name, fraction] = max(sum(found) / len(found), larger, 0.0)
             progress(i + 1, len(names) * len(FRACTIONS))
-    return TokenLosses(stream, losses)
+    return TokenLosses(stream, losses, restored)
 
 
 def search_tokens(
@@ -95,7 +97,7 @@ def search_tokens(
     """
     names = [site.name for site in measured.stream.sites]
     offered = []
-    for entries in schedules(names):
+    for entries in schedules(names, measured.restored):
         schedule = TokenSchedule(measured.stream, entries)
         offered.append((macs(schedule), measured.of(entries), schedule))
     best: Choice | None = None
@@ -116,12 +118,12 @@ def search_tokens(
     return best
 
 
-def schedules(names: Sequence[str]) -> Iterator[tuple[TokenPlan, ...]]:
+def schedules(names: Sequence[str], restored: str) -> Iterator[tuple[TokenPlan, ...]]:
     """Every schedule, the empty one first."""
     for drops in range(MOST_DROPS + 1):
         for places in itertools.combinations(names, drops):
             for fractions in itertools.combinations(FRACTIONS, drops):
-                yield tuple(TokenPlan(name, fraction) for name, fraction in zip(places, fractions))
+                yield tuple(TokenPlan(name, f, restored=restored) for name, f in zip(places, fractions))
 
 
 def undominated(offered: Sequence[tuple[int, float, TokenSchedule]]) -> list[tuple[int, float, TokenSchedule]]:
