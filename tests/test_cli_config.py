@@ -68,6 +68,9 @@ EVERY_FIELD = [
     (("--finetune-lr", 1e-4), {"finetune": Recovery(learning_rate=1e-4)}),
     (("--finetune-labels",), {"finetune": Recovery(labels="task")}),
     (("--precision", "bf16"), {"finetune": Recovery(precision="bf16")}),
+    (("--tokens", "2=0.5", "--tokens", "*layer.4=.25"), {"tokens": {"2": 0.5, "*layer.4": 0.25}}),
+    (("--tokens-restored", "own"), {"tokens_restored": "own"}),
+    (("--tokens", "search"), {"tokens": "search"}),
     (("--quantize", "int8"), {"quantize": "int8"}),
     (("--checkpoint", "saved"), {"finetune": Recovery(checkpoint="saved")}),
 ]

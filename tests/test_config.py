@@ -45,6 +45,9 @@ def test_sizes_fill_in_what_at_leaves_out():
         ({"seed": -1}, "bad seed; got -1"),
         ({"seed": 2**63}, "bad seed; got 9223372036854775808"),
         ({"at": {"sequence": 0}}, "must be positive"),
+        ({"tokens": {2: 0}}, "tokens {2: 0.0}: what stays is a fraction above 0 and at most 1"),
+        ({"tokens": {2: 1.5}}, "what stays is a fraction above 0 and at most 1"),
+        ({"tokens": "half"}, "bad tokens"),
     ],
 )
 def test_bad_values_are_one_line(given, message):

@@ -1,6 +1,7 @@
 """Plans as JSON, and plans that do not belong."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.capture import capture
 from tilecut_passes.plan import PrunePlan
+from tilecut_passes.token_plan import TokenPlan
 from tilecut_runtime.errors import PlanError
 
 
@@ -18,9 +20,31 @@ def test_json_round_trip(tmp_path):
     plan.write(tmp_path / "plan.json")
     assert PrunePlan.read(tmp_path / "plan.json") == plan
     held = json.loads((tmp_path / "plan.json").read_text())
-    assert set(held) == {"format", "model", "tensors", "aliases", "target", "at", "groups", "frozen"}
+    assert set(held) == {"format", "model", "tensors", "aliases", "target", "at", "groups", "tokens", "frozen"}
     assert set(held["groups"][0]) == {"name", "kind", "size", "kept", "padded_to", "members"}
     assert set(held["groups"][0]["members"][0]) == {"parameter", "dim", "start", "view", "axis"}
+
+
+def test_tokens_are_written_and_a_file_without_them_loads(tmp_path):
+    plan = replace(random_plan(bert_graph(), 1), tokens=(TokenPlan("encoder.layer.0", 0.1), TokenPlan("b", 0.05, first=2)))
+    plan.write(tmp_path / "plan.json")
+    assert PrunePlan.read(tmp_path / "plan.json") == plan
+    held = json.loads((tmp_path / "plan.json").read_text())
+    assert held["tokens"][1] == {"after": "b", "keep": 0.05, "first": 2, "restored": "mean"}
+    assert PrunePlan.from_json({k: v for k, v in held.items() if k != "tokens"}) == replace(plan, tokens=())
+    assert [plan.tokens[0].count(n) for n in (1, 10, 11, 100)] == [1, 1, 2, 10]
+
+
+@pytest.mark.parametrize("tokens", [[{"after": "a", "keep": 0}], [{"after": "a", "keep": 0.2}, {"after": "b", "keep": 0.3}]])
+def test_tokens_that_cannot_be_are_refused(tokens):
+    with pytest.raises(PlanError, match="can stay|tokens stay than are left"):
+        PrunePlan.from_json({**random_plan(mlp_graph(), 1).as_json(), "tokens": tokens})
+
+
+@pytest.mark.parametrize("tokens", [5, [{"keep": 0.5}], [{"after": "a", "keep": "half"}], [3]])
+def test_malformed_tokens_are_refused(tokens):
+    with pytest.raises(PlanError, match="malformed plan"):
+        PrunePlan.from_json({**random_plan(mlp_graph(), 1).as_json(), "tokens": tokens})
 
 
 def test_a_read_plan_applies_to_a_fresh_capture(tmp_path):

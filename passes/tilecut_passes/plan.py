@@ -16,6 +16,7 @@ from typing import Any
 
 from tilecut_passes.axes.groups import Frozen, Group, Member
 from tilecut_passes.graph import Graph
+from tilecut_passes.token_plan import TokenPlan, check_schedule
 from tilecut_runtime.errors import PlanError
 
 PLAN_FORMAT = 1
@@ -42,7 +43,8 @@ class GroupPlan:
 class PrunePlan:
     """A plan for one model: `model` is the fingerprint of its `tensors` (name -> dtype and shape).
 
-    `aliases` maps names of tied tensors to the name that the members use.
+    `aliases` maps names of tied tensors to the name that the members use. `tokens` says how many tokens stay behind which
+    layers, in the layers' order.
     """
 
     model: str
@@ -52,6 +54,7 @@ class PrunePlan:
     frozen: tuple[Frozen, ...] = ()
     tensors: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    tokens: tuple[TokenPlan, ...] = ()
 
     @staticmethod
     def keep_all(graph: Graph, groups: Iterable[Group]) -> PrunePlan:
@@ -163,6 +166,7 @@ class PrunePlan:
                 }
                 for g in self.groups
             ],
+            "tokens": [one.as_json() for one in self.tokens],
             "frozen": [{"name": f.name, "why": f.why} for f in self.frozen],
         }
 
@@ -228,6 +232,7 @@ class PrunePlan:
                 tuple(Frozen(str(f["name"]), str(f["why"])) for f in held.get("frozen", [])),
                 {str(k): str(v) for k, v in held.get("tensors", {}).items()},
                 {str(k): str(v) for k, v in held.get("aliases", {}).items()},
+                tuple(TokenPlan.from_json(one) for one in held.get("tokens", [])),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise PlanError(where, f"malformed plan ({type(e).__name__}: {e})") from e
@@ -238,6 +243,7 @@ class PrunePlan:
             raise PlanError(where, f"malformed plan: group {twice[0]} is there twice")
         for g in plan.groups:
             _check_units(g)
+        check_schedule(plan.tokens, f"{where}: tokens")
         return plan
 
 

@@ -17,8 +17,11 @@ from onnx_ir.passes.common import NameFixPass
 
 from tilecut_passes.graph import Graph
 from tilecut_runtime.errors import LoweringError, first_line
+from tilecut_targets import translate_grouped_matmul, translate_sort
 from tilecut_targets.export_program import export_program
-from tilecut_targets.translate_grouped_matmul import TRANSLATIONS
+
+# Of ops that torch's exporter has no form for.
+TRANSLATIONS = {**translate_grouped_matmul.TRANSLATIONS, **translate_sort.TRANSLATIONS}
 
 # Above this, weights go beside the model: a protobuf file ends at 2 GB.
 EXTERNAL_DATA_BYTES = 1_800_000_000

@@ -6,15 +6,18 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from tilecut.config import PruneConfig
+from tilecut.plan_tokens import TokenSchedule
 from tilecut.price_plan import HEAD_WIDTH, MILLISECONDS, WIDTHS, Prices, limits_of
 from tilecut.search_widths import latency_of, search_widths
 from tilecut_passes.axes.groups import Group, find_frozen, find_groups
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.count_macs import MacCounter
+from tilecut_passes.count_token_macs import TokenMacCounter
 from tilecut_passes.enforce_head_width import EnforceHeadWidth
 from tilecut_passes.graph import Graph
 from tilecut_passes.legal_sizes import Constraints, alike, legal_sizes
@@ -40,7 +43,7 @@ class Choice:
     """A plan, the lattice it lies on, and the MACs before and after.
 
     `loss` is what the rankings predict is lost, `latency_ms` what the target's cost model predicts of dense and pruned
-    (None without one), `block` the block that `adapt_block` found (None: not asked for).
+    (None without one), `block` the block that `adapt_block` found (None: not asked for), `pruned` counts with tokens gone.
     """
 
     plan: PrunePlan
@@ -50,16 +53,18 @@ class Choice:
     loss: float = 0.0
     latency_ms: tuple[float, float] | None = None
     block: int | None = None
+    pruned: MacCounter | None = None
 
     def macs(self) -> dict[str, int]:
         """MACs of the whole model and of its prunable part, dense and pruned (padding is counted)."""
         counts = {g.name: g.count for g in self.plan.groups if g.name in self.counter.leaf_of}
         names = [g.name for g in self.plan.groups if g.name in self.counter.leaf_of and g.kind in self.prunable]
+        after = self.pruned or self.counter
         return {
             "dense": self.counter.total(),
-            "pruned": self.counter.total(counts),
+            "pruned": after.total(counts),
             "prunable_dense": self.counter.of_groups(names),
-            "prunable_pruned": self.counter.of_groups(names, counts),
+            "prunable_pruned": after.of_groups(names, counts),
         }
 
     def by_kind(self) -> dict[str, dict[str, int]]:
@@ -76,6 +81,14 @@ class Choice:
             }
         return out
 
+    def tokens(self) -> list[dict[str, Any]]:
+        """The plan's entries with numbers of tokens, and what the pruned model's MACs would be were they all there."""
+        if not isinstance(self.pruned, TokenMacCounter):
+            return []
+        counts = {g.name: g.count for g in self.plan.groups if g.name in self.counter.leaf_of}
+        size, whole = self.pruned.tokens, self.counter.total(counts)
+        return [{**one.as_json(), "of": size, "kept": one.count(size), "macs_with_all": whole} for one in self.plan.tokens]
+
 
 def choose_plan(
     graph: Graph,
@@ -86,17 +99,21 @@ def choose_plan(
     target: Target,
     latency: CostModel | None = None,
     fisher: Mapping[str, Tensor] | None = None,
+    tokens: TokenSchedule | None = None,
 ) -> Choice:
     """The plan that loses least within every budget of `config`.
 
     Args:
         latency: the target's cost model, for `max_latency_ms`.
         fisher: Fisher matrices [U, U] of the groups: search and rearrange by them, as Kwon et al. do.
+        tokens: those that go on the way; budgets of MACs hold with them gone.
 
     Raises:
         ConfigError: a budget that no legal model meets (names the smallest reachable), or a constraint that fits nothing.
     """
-    counter = MacCounter(axes, find_groups(axes), config.sizes())
+    every_group = find_groups(axes)
+    counter = MacCounter(axes, every_group, config.sizes())
+    pruned = tokens.counter(axes, every_group, config.sizes()) if tokens is not None else counter
     whole = _legal(PrunePlan.keep_all(graph, groups), graph, target, config.power_of_two_heads)
     by_name = {g.name: g for g in groups}
     # Head widths and groups that may not be cut are padded whatever the search does.
@@ -106,7 +123,7 @@ def choose_plan(
     curves = {name: ranking.losses for name, ranking in rankings.items()}
 
     def prices_on(lattice: Lattice) -> Prices:
-        return Prices(axes, by_name, counter, target, lattice, always, within, latency)
+        return Prices(axes, by_name, counter, pruned, target, lattice, always, within, latency)
 
     def sizes_on(lattice: Lattice) -> dict[str, int]:
         prices, sizes = prices_on(lattice), legal_sizes(groups, lattice, asked)
@@ -134,9 +151,11 @@ def choose_plan(
         kept = rearrange_masks(kept, fisher)
     plan = PrunePlan.keep_all(graph, groups).keeping(kept)
     plan = _legal(plan, graph, target, config.power_of_two_heads)
-    plan = replace(plan, target=str(target), at=config.sizes(), frozen=tuple(find_frozen(axes)))
+    entries = tokens.entries if tokens is not None else ()
+    plan = replace(plan, target=str(target), at=config.sizes(), frozen=tuple(find_frozen(axes)), tokens=entries)
     predicted = None
-    if latency is not None:
+    # The cost model was measured with every token there.
+    if latency is not None and not entries:
         prices = prices_on(lattice)
         predicted = latency_of(prices, {n: g.size for n, g in by_name.items()}), latency_of(prices, sizes)
     return Choice(
@@ -147,6 +166,7 @@ def choose_plan(
         lost(curves, sizes, within),
         predicted,
         block if config.adapt_block is not None else None,
+        pruned,
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tilecut.cli_inputs import named_numbers, names
+from tilecut.cli_inputs import named_fractions, named_numbers, names
 
 if TYPE_CHECKING:
     from tilecut.config import PruneConfig
@@ -47,6 +47,13 @@ def read_options(
         float | None, _option("take the largest block that loses no more than this fraction, e.g. 0.1", SHAPE)
     ] = None,
     power_of_two_heads: Annotated[bool | None, _option("head counts are powers of two", SHAPE)] = None,
+    tokens: Annotated[
+        list[str] | None,
+        _option("LAYER=FRACTION of the tokens that stays behind it, by number or name; or 'search'; may be repeated", SHAPE),
+    ] = None,
+    tokens_restored: Annotated[
+        str | None, _option("mean or own: what outputs hold in the places of removed tokens", SHAPE)
+    ] = None,
     quantize: Annotated[str | None, _option("int8, int8-static, int4, int4:128 or fp16, on edge", SHAPE)] = None,
     method: Annotated[str | None, _option("table, fisher, or the name of an importance", METHOD)] = None,
     importance: Annotated[str | None, _option("the order in which units go, for --method table", METHOD)] = None,
@@ -97,6 +104,8 @@ def read_options(
                 "block": block,
                 "adapt_block": adapt_block,
                 "power_of_two_heads": power_of_two_heads,
+                "tokens": _tokens(tokens) if tokens else None,
+                "tokens_restored": tokens_restored,
                 "quantize": quantize,
                 "method": method,
                 "importance": importance,
@@ -111,6 +120,10 @@ def read_options(
             }
         ),
     }
+
+
+def _tokens(given: list[str]) -> dict[str, float] | str:
+    return "search" if given == ["search"] else named_fractions("--tokens", given)
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

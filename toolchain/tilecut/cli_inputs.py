@@ -49,6 +49,17 @@ def named_numbers(option: str, texts: Sequence[str]) -> dict[str, int]:
     return found
 
 
+def named_fractions(option: str, texts: Sequence[str]) -> dict[str, float]:
+    """Fractions by name, of texts such as "2=0.5"; a name may hold "=" itself."""
+    found = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        if not name or not number.strip().replace(".", "", 1).isdecimal():
+            raise InputError(option, "not a name and a fraction", got=repr(text), wanted="e.g. 2=0.5")
+        found[name] = float(number)
+    return found
+
+
 def made_up_inputs(manifest: Manifest, batch: int, sequence: int) -> dict[str, np.ndarray]:
     """Inputs of the given sizes: masks of ones, ids of 1, random floats.
 

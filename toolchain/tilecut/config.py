@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -82,6 +83,16 @@ class PruneConfig(Settings):
     mixture: float = Field(
         default=MIXTURE, ge=0, lt=1, description="fraction of the calibration tokens that is of the general text tilecut ships"
     )
+    tokens: dict[int | str, float] | Literal["search"] | None = Field(
+        default=None,
+        description="fraction of an encoder's tokens that stays behind a layer, by the layer's number, name or pattern; "
+        "'search' finds them within the budget, with method='table'; None removes none",
+    )
+    tokens_restored: Literal["mean", "own"] = Field(
+        default="mean",
+        description="what outputs hold in the places of removed tokens: the mean of those that stayed, so that mean pooling "
+        "is theirs, or each token's own state, with which it left",
+    )
     cache: str | None = Field(
         default=None, description="folder of cost tables; None: TILECUT_CACHE, else ~/.cache/tilecut; '' keeps none"
     )
@@ -106,6 +117,8 @@ class PruneConfig(Settings):
             raise ValueError("kinds is empty: nothing could be cut")
         if bad := {k: v for k, v in self.at.items() if v < 1}:
             raise ValueError(f"at {bad} must be positive")
+        if isinstance(self.tokens, dict) and (none := {k: v for k, v in self.tokens.items() if not 0 < v <= 1}):
+            raise ValueError(f"tokens {none}: what stays is a fraction above 0 and at most 1 (1 / sequence keeps one token)")
         return self
 
     @property

@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from tilecut.check_cut import check_cut
+from tilecut.check_token_cut import check_token_cut
 from tilecut.check_tokens import check_tokens
 from tilecut.choose_plan import Choice, choose_plan, keep_everything
 from tilecut.config import PruneConfig
 from tilecut.measure_fidelity import measure_fidelity
+from tilecut.plan_tokens import TokenSchedule
 from tilecut.prepare import Prepared
 from tilecut.progress import Progress
 from tilecut.prune_in_steps import prune_in_steps
 from tilecut.recover import recover
+from tilecut.search_tokens import search_tokens
+from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.graph import Graph
 from tilecut_passes.plan import PrunePlan
 from tilecut_passes.project_outputs import DropProjections
 from tilecut_passes.prune import Prune, as_cut
+from tilecut_passes.prune_tokens import removes, token_passes
 from tilecut_passes.reconstruct import Reconstruct
 from tilecut_passes.run_passes import PassRecord, run_passes
 from tilecut_passes.tune_masks import TuneMasks
@@ -43,12 +48,23 @@ class CutModel:
 
 
 def cut_model(made: Prepared, config: PruneConfig | None, progress: Progress) -> CutModel:
-    """The prepared model within the budgets of `config`; None cuts nothing.
+    """The prepared model within the budgets of `config`; None cuts nothing. Tokens go last.
 
     Raises:
         ConfigError: a budget that no legal model meets.
         VerificationError: the cut graph is not the masked dense one.
     """
+    cut = _cut_groups(made, config, progress)
+    tokens = cut.choice.plan.tokens
+    if removes(tokens):
+        with progress.stage("tokens"):
+            whole = cut.graph.copy()
+            cut.records += run_passes(cut.graph, token_passes(tokens))
+            cut.rungs.append(check_token_cut(whole, cut.graph, tokens))
+    return cut
+
+
+def _cut_groups(made: Prepared, config: PruneConfig | None, progress: Progress) -> CutModel:
     if config is None:
         at = PruneConfig().sizes()
         choice = keep_everything(made.dense, made.axes, made.groups, at, made.target)
@@ -68,9 +84,15 @@ def cut_model(made: Prepared, config: PruneConfig | None, progress: Progress) ->
 
 
 def _choose(made: Prepared, config: PruneConfig) -> Choice:
-    return choose_plan(
-        made.dense, made.axes, made.groups, made.rankings, config, made.target, made.latency, made.fisher
-    )
+    def choose(tokens: TokenSchedule | None) -> Choice:
+        return choose_plan(
+            made.dense, made.axes, made.groups, made.rankings, config, made.target, made.latency, made.fisher, tokens
+        )
+
+    if made.token_losses is None:
+        return choose(made.tokens)
+    counts = lambda schedule: schedule.counter(made.axes, find_groups(made.axes), config.sizes()).total()
+    return search_tokens(made.token_losses, counts, choose)
 
 
 def _prune(made: Prepared, cut: CutModel, plan: PrunePlan, progress: Progress) -> None:

@@ -19,7 +19,9 @@ from tilecut.choose_plan import constraints
 from tilecut.config import PruneConfig
 from tilecut.load_calibration import Calibration, load_calibration
 from tilecut.load_model import load_model
+from tilecut.plan_tokens import TokenSchedule, fused_stream, plan_tokens
 from tilecut.progress import Progress
+from tilecut.search_tokens import TokenLosses, measure_token_losses
 from tilecut_passes.axes.groups import Frozen, Group, find_frozen, find_groups
 from tilecut_passes.axes.infer import Axes, infer
 from tilecut_passes.capture import capture
@@ -27,6 +29,7 @@ from tilecut_passes.check_finite import check_finite, check_weights
 from tilecut_passes.count_macs import MacCounter
 from tilecut_passes.disk_tensor import DiskTensors
 from tilecut_passes.example_inputs import DynamicDims
+from tilecut_passes.find_token_sites import TokenStream
 from tilecut_passes.graph import Graph
 from tilecut_passes.legal_sizes import legal_sizes
 from tilecut_passes.project_outputs import ProjectOutputs, without_projections
@@ -51,6 +54,7 @@ class Prepared:
         rankings: of every group, but with "fisher", whose matrices are in `fisher`.
         table: what the cost table held, with method "table".
         latency: the target's cost model, where a budget of milliseconds asks for it.
+        tokens: those that the config says go; `token_losses` where it says to search for them.
     """
 
     model: nn.Module
@@ -64,6 +68,8 @@ class Prepared:
     fisher: Mapping[str, Tensor] | None = None
     table: TableRanking | None = None
     latency: CostModel | None = None
+    tokens: TokenSchedule | None = None
+    token_losses: TokenLosses | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -129,6 +135,9 @@ def prepare(
         return made
     groups = _prunable(every_group, config, name, find_frozen(axes))
     made = Prepared(model, target, dense, axes, groups, notes=list(dense.notes))
+    fused, stream = fused_stream(dense) if config.tokens is not None else (None, None)
+    if isinstance(config.tokens, Mapping) and stream is not None:
+        made.tokens = TokenSchedule(stream, plan_tokens(stream, config.tokens, config.tokens_restored))
     # What cannot be honoured is said before the long work.
     sizes = legal_sizes(groups, target.lattice(config.block, config.power_of_two_heads), constraints(axes, groups, config, target))
     with progress.stage("calibration"):
@@ -145,7 +154,24 @@ def prepare(
     made.method = _method(config, made)
     with progress.stage(f"score ({made.method})"):
         _rank(made, config, sizes, progress)
+    if config.tokens == "search" and fused is not None and stream is not None:
+        with progress.stage("tokens"):
+            made.token_losses = _token_losses(made, config, fused, stream, progress)
     return made
+
+
+def _token_losses(
+    made: Prepared, config: PruneConfig, fused: Graph, stream: TokenStream, progress: Progress
+) -> TokenLosses:
+    if made.method != "table" or config.max_latency_ms is not None:
+        raise ConfigError(
+            "tokens",
+            "'search' weighs tokens against units by measured losses and MACs",
+            got=f"method {made.method!r}" if made.method != "table" else "max_latency_ms",
+            fix="give calibration with method='table' and a budget of MACs, or say which tokens go: {2: 0.5}",
+        )
+    outputs = _outputs(made.dense, config)
+    return measure_token_losses(fused, stream, made.fit, outputs, config.tokens_restored, progress.step)
 
 
 def _check_data(made: Prepared) -> None:

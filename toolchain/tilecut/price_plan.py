@@ -33,6 +33,7 @@ class Prices:
 
     Attributes:
         groups: those that are chosen for, by name.
+        pruned: counts with tokens gone; `counter` where none go.
         always: sizes of other groups that are not the dense ones: padded, or the hidden width that is being tried.
         within: name of a `layers` group -> the groups that go with it.
     """
@@ -40,6 +41,7 @@ class Prices:
     axes: Axes
     groups: Mapping[str, Group]
     counter: MacCounter
+    pruned: MacCounter
     target: Target
     lattice: Lattice
     always: Mapping[str, int]
@@ -73,7 +75,7 @@ class Prices:
 
     def macs(self, of: Sequence[str], sizes: Mapping[str, int]) -> float:
         """MACs of the contractions that the named groups take part in."""
-        return self.counter.of_groups(of, self.counts({name: sizes[name] for name in of}))
+        return self.pruned.of_groups(of, self.counts({name: sizes[name] for name in of}))
 
     def milliseconds(self, of: Sequence[str], sizes: Mapping[str, int]) -> float:
         """Predicted milliseconds of the named groups' layers; at another hidden width they go with the MACs."""
@@ -109,12 +111,18 @@ def limits_of(prices: Prices, config: PruneConfig) -> list[Limit]:
     # At 0 nothing has to go, not even what padding adds.
     if config.cut_fraction:
         budget = math.floor((1 - config.cut_fraction) * counter.of_groups(every))
-        rest = counter.of_groups(every, prices.counts(whole)) - prices.macs(inner, whole) if hidden else 0.0
+        rest = prices.pruned.of_groups(every, prices.counts(whole)) - prices.macs(inner, whole) if hidden else 0.0
         limits.append(Limit("prunable MACs", budget, prices.macs, rest=rest))
     if config.max_macs is not None:
-        rest = counter.total(prices.always) - counter.of_groups(inner, prices.always)
+        rest = prices.pruned.total(prices.always) - prices.pruned.of_groups(inner, prices.always)
         limits.append(Limit("MACs", config.max_macs, prices.macs, rest=rest))
     if config.max_latency_ms is not None:
+        if prices.pruned is not counter:
+            raise ConfigError(
+                "PruneConfig",
+                "max_latency_ms is asked for, but the latency model knows of no tokens that go",
+                fix="give sparsity or max_macs, or leave tokens out",
+            )
         if prices.latency is None:
             raise ConfigError(
                 "PruneConfig",

@@ -68,6 +68,7 @@ def build_report(
             {"name": g.name, "kind": g.kind, "size": g.size, "kept": len(g.kept), "padded_to": g.padded_to}
             for g in choice.plan.groups
         ],
+        "tokens": choice.tokens(),
         "frozen": [asdict(f) for f in choice.plan.frozen],
         "calibration": calibration_facts(calibration) if calibration else None,
         "fidelity": fidelity,

@@ -110,6 +110,12 @@ def report(console: Console, r: Mapping[str, Any]) -> None:
         kept.setdefault(group["kind"], []).append(str(group["padded_to"] or group["kept"]))
     for kind, counts in kept.items():
         console.print(f"kept {kind}: {' '.join(counts)}", highlight=False, soft_wrap=True)
+    for one in r.get("tokens", []):
+        text = f"kept tokens after {one['after']}: {one['kept']} of {one['of']}"
+        console.print(plain(text), highlight=False, soft_wrap=True)
+    if r.get("tokens"):
+        whole, left = r["tokens"][0]["macs_with_all"], macs["pruned"]
+        console.print(f"MACs: {left:,}, with every token {whole:,}", highlight=False, soft_wrap=True)
     for note in [*r["notes"], *(f"{x['by']} left {x['node']} alone: {x['why']}" for x in r["refusals"])]:
         console.print(f"[yellow]note:[/] {plain(note)}", highlight=False, soft_wrap=True)
     rungs(console, [Rung(**v) for v in r["verification"]])
