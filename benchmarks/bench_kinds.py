@@ -30,7 +30,7 @@ import transformers
 from bench_language_models import BATCHES, ROWS, judge
 from demo import counted, minilm_folder
 from language_models import Recipe, read_text, sample, train_with_bar, windows
-from sections import SECTIONS, Judge, read_sections
+from sections import SECTIONS, Encoder, Judge, read_sections
 from tilecut import Artifact, PruneConfig, compile_pruned
 from tilecut.config import DEFAULT_KINDS
 from tilecut.describe_machine import machine
@@ -47,10 +47,20 @@ def minilm(seed: int) -> tuple[Any, Any, Callable[[Any], float]]:
     """The model's folder, its calibration, and mean cosine to dense as the judge of an encoder."""
     folder = minilm_folder()
     dense = transformers.AutoModel.from_pretrained(str(folder)).eval()
-    with counted("embed with the dense model", len(read_sections()["test"][0])) as advance:
-        against = Judge.from_dense(dense, folder, advance)
-        nothing = lambda n: None
-    return folder, SECTIONS, lambda encoder: float(against.scores(encoder, nothing)["cosine"])
+    splits = read_sections()
+    with counted("embed with the dense model", sum(len(texts) for texts, _ in splits.values())) as advance:
+        against = Judge.from_dense(encoder_of(dense), folder, advance)
+    return folder, SECTIONS, lambda model: float(against.scores(encoder_of(model), lambda n: None)["cosine"])
+
+
+def encoder_of(model: Any) -> Encoder:
+    """A model or an artifact's module as what `Judge` takes."""
+
+    def encode(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        with torch.inference_mode():
+            return model(**{k: torch.from_numpy(v) for k, v in inputs.items()})["last_hidden_state"].numpy()
+
+    return encode
 
 
 def language_model(name: str, seed: int) -> tuple[Any, Any, Callable[[Any], float]]:
@@ -102,7 +112,8 @@ def compare(name: str, sparsities: Sequence[float], seed: int, rounds: int) -> d
         runs: dict[str, Callable[[], object]] = {}
         for i, path in enumerate(made):
             inputs = {spec.name: given[spec.name] for spec in Artifact(path).manifest.inputs}
-            runs[str(i)] = lambda run=plain_session(path / "model.onnx", 1), inputs=inputs: run(inputs)
+            session = plain_session(path / "model.onnx", 1)
+            runs[str(i)] = lambda run=session, inputs=inputs: run(inputs)
         with counted("time the artifacts", rounds + 10) as advance:
 
             def one_round(done: int, of: int) -> None:
@@ -165,7 +176,8 @@ def table(models: Mapping[str, Any]) -> str:
         dense = one["rows"][0]
         for r in one["rows"]:
             macs = r["macs"]["pruned"] / r["macs"]["dense"] if "macs" in r else 1.0
-            lines.append(f"| {name} | {r['way']} | {macs:.0%} | {r['ms'] / dense['ms']:.3f} | {one['quality']} {r['quality']:.4g} |")
+            quality = f"{one['quality']} {r['quality']:.4g}"
+            lines.append(f"| {name} | {r['way']} | {macs:.0%} | {r['ms'] / dense['ms']:.3f} | {quality} |")
     lines += ["", f"| model | at ms of | {DEFAULT} | {ALL} |", "|" + "---|" * 4]
     for name, one in models.items():
         lines += [f"| {name} | {r['sparsity']:.0%} cut | {r[DEFAULT]:.4g} | {r[ALL]:.4g} |" for r in one["at_same_latency"]]

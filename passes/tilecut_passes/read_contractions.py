@@ -148,6 +148,9 @@ class _Reader(fx.Interpreter):
                 yield Terms(rows, args[1][e], e, len(bounds) - 1)
         elif is_call(n, *CONVOLUTIONS):
             yield Terms(self._rows(x.movedim(sink.dim, -1)), _by_channel(n, args[1], x.shape[sink.dim]))
+        elif sink.axis.root.size == 1:
+            # A branch that is added to its stream: one unit at every position.
+            yield Terms(self._rows(x, sink.argument, n)[:, None], None)
         elif is_call(n, *SUMS):
             yield Terms(self._summed(n, x, sink.dim), None)
         else:

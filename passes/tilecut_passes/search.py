@@ -109,6 +109,9 @@ def search(
             alike share no size.
     """
     joined = _joined(sets, alike)
+    if not groups:
+        _check_fits(limits, [limit.rest for limit in limits])
+        return {}
     inside = within or {}
     options = [_without_choice_in_removed(_options(names, sizes, alike), sizes, inside) for names in joined]
     losses = [[lost(curves, one, inside) for one in offered] for offered in options]
@@ -118,18 +121,22 @@ def search(
         [[sum(limit.cost(names, one) for names in within) for one in offered] for within, offered in zip(parts, options)]
         for limit in limits
     ]
-    for limit, rows in zip(limits, costs):
-        least = limit.rest + sum(min(row) for row in rows)
-        if least > limit.limit:
-            raise ConfigError(
-                "search",
-                f"no legal model fits the budget of {shown(limit.limit)} {limit.what}",
-                got=f"the smallest legal one has {shown(least)}",
-                fix="raise the budget to at least that, or allow smaller sizes",
-            )
+    _check_fits(limits, [limit.rest + sum(min(row) for row in rows) for limit, rows in zip(limits, costs)])
     chosen = _knapsack(losses, costs, [limit.limit - limit.rest for limit in limits])
     found = {name: n for offered, i in zip(options, chosen) for name, n in offered[i].items()}
     return {group.name: found[group.name] for group in groups}
+
+
+def _check_fits(limits: Sequence[Limit], least: Sequence[float]) -> None:
+    """Whether the smallest legal model is within every limit."""
+    for limit, smallest in zip(limits, least, strict=True):
+        if smallest > limit.limit:
+            raise ConfigError(
+                "search",
+                f"no legal model fits the budget of {shown(limit.limit)} {limit.what}",
+                got=f"the smallest legal one has {shown(smallest)}",
+                fix="raise the budget to at least that, or allow smaller sizes",
+            )
 
 
 def lost(curves: Mapping[str, Sequence[float]], sizes: Mapping[str, int], within: Mapping[str, Sequence[str]]) -> float:

@@ -139,7 +139,8 @@ def prepare(
     if isinstance(config.tokens, Mapping) and stream is not None:
         made.tokens = TokenSchedule(stream, plan_tokens(stream, config.tokens, config.tokens_restored))
     # What cannot be honoured is said before the long work.
-    sizes = legal_sizes(groups, target.lattice(config.block, config.power_of_two_heads), constraints(axes, groups, config, target))
+    lattice = target.lattice(config.block, config.power_of_two_heads)
+    sizes = legal_sizes(groups, lattice, constraints(axes, groups, config, target))
     with progress.stage("calibration"):
         check_weights(dense)
         made.calibrated = load_calibration(
