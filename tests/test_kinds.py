@@ -239,7 +239,7 @@ def test_padded_head_widths_are_chosen_without_padding():
     config = PruneConfig(sparsity=0.4, kinds=("qk_width", "vo_width"))
     choice = choose_plan(graph, axes, groups, rankings, config, find_target("ascend"))
     widths = [g for g in choice.plan.groups if g.kind in ("qk_width", "vo_width")]
-    assert {g.count for g in widths} == {16, 32}
+    assert 16 in {g.count for g in widths} <= {16, 32}
     assert all(g.padded_to is None for g in widths)
     pruned = graph.copy()
     run_passes(pruned, [Prune(choice.plan)])
