@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from checks import ROOT
-from tilecut.config import KINDS
+from tilecut.config import DEFAULT_KINDS
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.count_macs import MacCounter
 from tilecut_passes.graph import Graph
 from zoo import ZOO
 
+# A vocabulary is cut to a corpus, whatever the model.
+KINDS = (*DEFAULT_KINDS, "experts")
 README = ROOT / "README.md"
 BEGIN, END = "<!-- models: made by `make models` -->", "<!-- end of models -->"
 # The share that needs no cause: a router, a convolution between the layers.

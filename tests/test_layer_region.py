@@ -8,7 +8,7 @@ import torch
 
 from checks import TinyMlp, op_names, randomise
 from layer_graphs import graph_of
-from tilecut.config import KINDS
+from tilecut.config import DEFAULT_KINDS
 from tilecut.make_cases import make_inputs
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
@@ -27,7 +27,7 @@ def parts(name):
     graph = graph_of(name)
     axes = infer(graph)
     every = find_groups(axes)
-    groups = [g for g in every if g.kind in KINDS]
+    groups = [g for g in every if g.kind in DEFAULT_KINDS]
     by_name = {g.name: g for g in groups}
     sets = MacCounter(axes, every, {}).groups_together(list(by_name))
     regions = {tuple(names): find_region(axes, [by_name[n] for n in names]) for names in sets}

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from tilecut.choose_words import Words
 from tilecut.config import PruneConfig
 from tilecut_passes.axes.groups import Group, find_frozen, find_groups
 from tilecut_passes.axes.infer import Axes
-from tilecut_passes.count_macs import MacCounter, count_parameters
+from tilecut_passes.count_macs import MacCounter
+from tilecut_passes.count_parameters import ParameterCounter
 from tilecut_passes.graph import Graph
 from tilecut_passes.legal_sizes import Constraints, alike, legal_sizes
 from tilecut_passes.plan import PrunePlan
@@ -71,10 +73,12 @@ def choose_plan(
     target: Target,
     latency: CostModel | None = None,
     fisher: Mapping[str, Tensor] | None = None,
+    words: Words | None = None,
 ) -> Choice:
     """The plan that loses least within every budget of `config`.
 
     Args:
+        words: what stays of the vocabulary, whatever the budget.
         latency: the target's cost model, for `max_latency_ms`.
         fisher: Fisher matrices [U, U] of the groups: search and rearrange by them, as Kwon et al. do.
 
@@ -87,11 +91,17 @@ def choose_plan(
     whole = _legal(PrunePlan.keep_all(graph, groups), graph, target, config.power_of_two_heads)
     # Head widths and groups that may not be cut are padded whatever the search does.
     always = {g.name: g.count for g in whole.groups if g.name not in set(names) and g.name in counter.leaf_of}
+    if words is not None:
+        always[words.group.name] = len(words.kept)
 
     def sizes_on(lattice: Lattice) -> dict[str, int]:
         asked = constraints(groups, config)
         sizes, sets = legal_sizes(groups, lattice, asked), counter.groups_together(names)
-        limits = _limits(graph, groups, counter, config, lattice, always, latency)
+        limits = _limits(axes, groups, counter, config, lattice, always, latency)
+        if config.max_params is not None or config.max_bytes is not None:
+            sets = ParameterCounter(axes, every_group).groups_together(sets)
+        if not groups:
+            return {}
         if fisher is not None:
             return _by_fisher(groups, sets, fisher, sizes, limits, config)
         return search(groups, sets, {n: r.losses for n, r in rankings.items()}, sizes, limits, alike(groups, asked))
@@ -117,6 +127,8 @@ def choose_plan(
     if fisher is not None:
         kept = rearrange_masks(kept, fisher)
     plan = PrunePlan.keep_all(graph, groups).keeping(kept)
+    if words is not None:
+        plan = _with_words(plan, graph, words)
     plan = _legal(plan, graph, target, config.power_of_two_heads)
     plan = replace(plan, target=str(target), at=config.sizes(), frozen=tuple(find_frozen(axes)))
     predicted = None
@@ -133,6 +145,11 @@ def choose_plan(
         predicted,
         block if config.adapt_block is not None else None,
     )
+
+
+def _with_words(plan: PrunePlan, graph: Graph, words: Words) -> PrunePlan:
+    (whole,) = PrunePlan.keep_all(graph, [words.group]).groups
+    return replace(plan, groups=(*plan.groups, replace(whole, kept=words.kept, unknown=words.unknown)))
 
 
 def constraints(groups: Sequence[Group], config: PruneConfig) -> Constraints:
@@ -182,7 +199,7 @@ def keep_everything(graph: Graph, axes: Axes, groups: Sequence[Group], at: dict[
 
 
 def _limits(
-    graph: Graph,
+    axes: Axes,
     groups: Sequence[Group],
     counter: MacCounter,
     config: PruneConfig,
@@ -229,10 +246,9 @@ def _limits(
     for what, budget, weight in (("parameters", config.max_params, 1), ("bytes", config.max_bytes, None)):
         if budget is None:
             continue
-        per_unit = {n: unit_numbers(graph, by_name[n], in_bytes=weight is None) for n in names}
-        whole = count_parameters(graph) if weight else sum(t.numel() * t.element_size() for t in graph.tensors.values())
-        fixed = whole - sum(per_unit[n] * by_name[n].size for n in names)
-        taken = lambda of, sizes, per=per_unit: sum(per[n] * k for n, k in emitted(of, sizes).items())
+        numbers = ParameterCounter(axes, find_groups(axes), in_bytes=weight is None)
+        taken = lambda of, sizes, count=numbers: count.of_groups(of, {**always, **emitted(of, sizes)})
+        fixed = numbers.total(always) - numbers.of_groups(names, always)
         limits.append(Limit(what, budget, taken, rest=fixed))
     return limits
 

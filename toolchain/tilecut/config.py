@@ -13,7 +13,9 @@ from tilecut.settings import Settings
 from tilecut_passes.score import IMPORTANCES
 from tilecut_runtime.errors import ConfigError
 
-KINDS = ("heads", "kv_groups", "queries", "neurons")
+# What may be asked for; what is cut unless something else is.
+KINDS = ("heads", "kv_groups", "queries", "neurons", "experts", "vocab")
+DEFAULT_KINDS = ("heads", "kv_groups", "queries", "neurons")
 METHODS = tuple(dict.fromkeys(("table", "fisher", *IMPORTANCES)))
 AT = {"batch": 1, "sequence": 128, "threads": 1}
 
@@ -37,7 +39,12 @@ class PruneConfig(Settings):
     at: dict[str, int] = Field(
         default_factory=lambda: dict(AT), description="sizes at which MACs and latency are counted"
     )
-    kinds: tuple[str, ...] = Field(default=KINDS, description="kinds of group that may be cut")
+    kinds: tuple[str, ...] = Field(default=DEFAULT_KINDS, description="kinds of group that may be cut")
+    vocabulary: str | tuple[int, ...] | tuple[str, ...] | None = Field(
+        default=None,
+        description="with kind vocab, the words that stay: those of a file of texts (.txt, .tsv, .jsonl) or of texts, or "
+        "ids; special tokens always do",
+    )
     block: int | None = Field(
         default=None, gt=0, description="widths are multiples of this and of the target's own block; None: the target's"
     )
@@ -100,6 +107,10 @@ class PruneConfig(Settings):
             raise ValueError(f"kind {unknown[0]!r} is none of {', '.join(KINDS)}")
         if not self.kinds:
             raise ValueError("kinds is empty: nothing could be cut")
+        if ("vocab" in self.kinds) != (self.vocabulary is not None):
+            raise ValueError("kind 'vocab' and vocabulary, which says what words stay, go together")
+        if self.vocabulary is not None and not self.vocabulary:
+            raise ValueError("vocabulary is empty: no word would stay")
         if bad := {k: v for k, v in self.at.items() if v < 1}:
             raise ValueError(f"at {bad} must be positive")
         return self

@@ -68,7 +68,7 @@ def cut_model(made: Prepared, config: PruneConfig | None, progress: Progress) ->
 
 def _choose(made: Prepared, config: PruneConfig) -> Choice:
     return choose_plan(
-        made.dense, made.axes, made.groups, made.rankings, config, made.target, made.latency, made.fisher
+        made.dense, made.axes, made.groups, made.rankings, config, made.target, made.latency, made.fisher, made.words
     )
 
 
