@@ -145,11 +145,11 @@ def expected_groups(recipe: Recipe) -> Counter[tuple[str, int]]:
     - one table of places is shared: the heads of all layers are one group;
     - the model returns its hidden state: the hidden width is frozen;
     - no norm runs over the hidden width: its kind is `neurons`;
-    - experts are chosen by a softmax, or are a list: they are frozen, their neurons are not.
+    - experts are a list: they are frozen, their neurons are not.
 
     A dimension of size 1 is no group.
     """
-    found: list[tuple[str, int]] = []
+    found = [("vocab", VOCABULARY)]
     tables = [a for a in recipe.attentions if recipe.one_table and a.places == "buckets"]
     if tables:
         found += _head_groups(tables[0], any(map(_freezes_queries, tables)))
@@ -160,7 +160,7 @@ def expected_groups(recipe: Recipe) -> Counter[tuple[str, int]]:
     for ffn in recipe.feed_forwards:
         is_list = ffn.experts > 0 and ffn.style == "listed"
         found += [("neurons", ffn.neurons)] * (ffn.experts if is_list else 1)
-        found += [("experts", ffn.experts)] * (ffn.router == "sigmoid" and not is_list)
+        found += [("experts", ffn.experts)] * (ffn.experts > 0 and not is_list)
     if recipe.head != "hidden":
         has_norm = recipe.final_norm or any(layer.place != "none" for layer in recipe.layers)
         found.append(("hidden" if has_norm else "neurons", recipe.hidden))

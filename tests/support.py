@@ -13,6 +13,8 @@ from tilecut_passes.count_macs import MacCounter
 from tilecut_passes.graph import Graph
 from zoo import ZOO
 
+# A vocabulary is cut to a corpus, whatever the model.
+KINDS = (*DEFAULT_KINDS, "experts")
 README = ROOT / "README.md"
 BEGIN, END = "<!-- models: made by `make models` -->", "<!-- end of models -->"
 # The share that needs no cause: a router, a convolution between the layers.

@@ -58,17 +58,19 @@ def exact_groups(graph: Graph) -> list[Group]:
 def random_plan(graph: Graph, seed: int) -> PrunePlan:
     """Every exact group keeps a random part."""
     rng = random.Random(seed)
-    plan = PrunePlan.keep_all(graph, exact_groups(graph))
-    return plan.keeping({g.name: sorted(rng.sample(range(g.size), rng.randint(1, g.size))) for g in plan.groups})
+    groups = exact_groups(graph)
+    plan = PrunePlan.keep_all(graph, groups)
+    return plan.keeping({g.name: sorted(rng.sample(range(g.size), rng.randint(g.least, g.size))) for g in groups})
 
 
 def swapped(plan: PrunePlan, recipe: Recipe) -> PrunePlan | None:
     """The plan with one kept unit of a group replaced by one that it drops; None where none of them must be seen.
 
-    A neuron may be dead, or of an expert that is never chosen.
+    A neuron may be dead, or of an expert that is never chosen, and a word may not be in the text.
     """
     seen = all(f.act != "relu" and not f.experts for f in recipe.feed_forwards)
-    cut = [g for g in plan.groups if len(g.kept) < g.size and (seen or g.kind != "neurons")]
+    unseen = ("experts", "vocab") if seen else ("experts", "vocab", "neurons")
+    cut = [g for g in plan.groups if len(g.kept) < g.size and g.kind not in unseen]
     if not cut:
         return None
     group = cut[-1]

@@ -6,7 +6,8 @@ After: a `Ranking` for every group whose losses are measured: the divergence of 
 
 A row is measured with the weights behind the gate refitted around the missing units (ridge, from the Gram matrix of the
 dense activations: `layer_statistics.py`), since that is what reconstruction will do; where what reads the gate is no
-dense layer, or a weight that other calls share, the gate is multiplied by 0. Only what runs after the gate is run again.
+dense layer, or a weight that other calls share, the gate is multiplied by 0. Experts win nothing (`close_contests.py`).
+Only what runs after the gate is run again.
 
 Between measured sizes the importance's own curve is followed: the ratio of measured to predicted loss is interpolated
 (its logarithm, linearly). Curves never rise with more units.
@@ -24,8 +25,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from tilecut_passes.axes.groups import Group
-from tilecut_passes.axes.infer import Sink
+from tilecut_passes.axes.infer import Contest, Sink
 from tilecut_passes.calibration import Batch
+from tilecut_passes.close_contests import close_contest
 from tilecut_passes.dense_layer import dense_layer
 from tilecut_passes.graph import Graph
 from tilecut_passes.layer_statistics import LayerStatistics
@@ -95,7 +97,7 @@ def measure_rows(
         dense = [{k: v for k, v in graph.run(b.inputs).items() if k in chosen} for _, b in shares]
         for name in dict.fromkeys(name for name, _ in wanted):
             group = by_name[name]
-            start = min((schedule.position[trials.reads[group.name, sink].name] for sink in group.gates), default=0)
+            start = min((schedule.position[node.name] for node in trials.first[group.name]), default=0)
             runs = [_Replay(schedule, batch, start) for _, batch in shares]
             for size in sorted((n for g, n in wanted if g == name), reverse=True):
                 kept = torch.zeros(group.size, dtype=torch.bool)
@@ -163,7 +165,11 @@ class _Trials:
         self.reads: dict[tuple[str, Sink], fx.Node] = {}
         self.gates: dict[tuple[str, Sink], str] = {}
         self.refits: dict[Sink, LayerStatistics] = {}
+        # Contests that a unit which went must not win, and the tensors that say so.
+        self.closed: dict[str, list[tuple[str, Contest]]] = {}
+        self.first: dict[str, list[fx.Node]] = {}
         for group in groups:
+            self.first[group.name] = self._close(group, twins)
             for i, sink in enumerate(group.gates):
                 node = twins[sink.node.name]
                 one = statistics.get(sink.node.name)
@@ -180,7 +186,19 @@ class _Trials:
                 times.meta["val"] = value
                 self.gates[group.name, sink] = name
                 self.reads[group.name, sink] = times
+            self.first[group.name] += [self.reads[group.name, sink] for sink in group.gates]
         self.graph.module.recompile()
+
+    def _close(self, group: Group, twins: Mapping[str, fx.Node]) -> list[fx.Node]:
+        """Calls that close the group's contests to the units that a trial takes out: none yet."""
+        held = self.closed[group.name] = []
+        calls = []
+        for contest in group.contests:
+            name = f"tilecut_closed_{len(self.closed)}_{len(held)}"
+            nobody = torch.zeros(int(contest.axis.root.size), dtype=torch.bool)
+            calls.append(close_contest(self.graph, contest, twins[contest.node.name], name, nobody))
+            held.append((name, contest))
+        return calls
 
     def cut(self, group: Group, kept: Tensor) -> _Cut:
         """While entered, the group has only the units that `kept` [size] says True for."""
@@ -193,6 +211,9 @@ class _Trials:
                 changes[name] = stays.to(held.dtype).reshape(held.shape)
             else:
                 changes |= _refitted(self.graph, self.refits[sink], stays)
+        for name, contest in self.closed[group.name]:
+            stays = torch.cat([kept, torch.tensor([True])])[unit_of(contest.axis, group.axis)]
+            changes[name] = (~stays).reshape(self.graph.tensor(name).shape)
         return _Cut(self.graph, changes)
 
 

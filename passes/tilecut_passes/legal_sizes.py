@@ -71,7 +71,8 @@ def fits(group: Group, pattern: str) -> bool:
 
 
 def _sizes(group: Group, lattice: Lattice, asked: Constraints) -> list[int]:
-    all_legal = [n for n in lattice.sizes(group.kind, group.size) if n == group.size or asked.allows(group, n)]
+    possible = [n for n in lattice.sizes(group.kind, group.size) if n >= group.least]
+    all_legal = [n for n in possible if n == group.size or asked.allows(group, n)]
     if any(fits(group, pattern) for pattern in asked.keep):
         return [group.size]
     if group.name in asked.fixed:
@@ -85,6 +86,13 @@ def _sizes(group: Group, lattice: Lattice, asked: Constraints) -> list[int]:
             )
         return [wanted]
     least, most = _asked(group, asked.least, 0 if group.kind == "layers" else 1), _asked(group, asked.most, group.size)
+    if most < group.least:
+        raise ConfigError(
+            "PruneConfig",
+            f"max_units leaves {group.name} fewer {group.kind} than each position is given",
+            got=most,
+            wanted=f"at least {group.least}",
+        )
     legal = [n for n in all_legal if least <= n <= most]
     if not legal:
         raise ConfigError(

@@ -24,7 +24,10 @@ PLAN_FORMAT = 1
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """What stays of one group: `kept` units of `size`, then zeros up to `padded_to` (None: no padding)."""
+    """What stays of one group: `kept` units of `size`, then zeros up to `padded_to` (None: no padding).
+
+    `unknown` is the kept word of a vocabulary that is read instead of one that went; None: the first that is kept.
+    """
 
     name: str
     kind: str
@@ -32,6 +35,7 @@ class GroupPlan:
     kept: tuple[int, ...]
     members: tuple[Member, ...]
     padded_to: int | None = None
+    unknown: int | None = None
 
     @property
     def count(self) -> int:
@@ -111,6 +115,13 @@ class PrunePlan:
                     fix=differs or None,
                 )
             _check_units(planned)
+            if len(planned.kept) < group.least:
+                raise PlanError(
+                    "PrunePlan",
+                    f"group {planned.name} keeps fewer {group.kind} than each position is given",
+                    got=len(planned.kept),
+                    wanted=f"at least {group.least}",
+                )
             out.append((group, planned))
         if differs:
             raise PlanError("PrunePlan", "the plan was made for another model", got=differs)
@@ -163,6 +174,7 @@ class PrunePlan:
                     "kept": list(g.kept),
                     "padded_to": g.padded_to,
                     "members": [m.as_json() for m in g.members],
+                    **({} if g.unknown is None else {"unknown": g.unknown}),
                 }
                 for g in self.groups
             ],
@@ -221,6 +233,7 @@ class PrunePlan:
                         for m in g["members"]
                     ),
                     None if g.get("padded_to") is None else int(g["padded_to"]),
+                    None if g.get("unknown") is None else _integer(g["unknown"]),
                 )
                 for g in held["groups"]
             )
@@ -263,6 +276,10 @@ def _check_units(g: GroupPlan) -> None:
             f"group {g.name} keeps a unit twice or one that is not there",
             got=bad,
             wanted=f"distinct units of 0..{g.size - 1}",
+        )
+    if g.unknown is not None and g.unknown not in g.kept:
+        raise PlanError(
+            "PrunePlan", f"group {g.name} does not keep the unit that stands for those that go", got=g.unknown
         )
     if g.padded_to is not None and g.padded_to < len(g.kept):
         raise PlanError(

@@ -18,6 +18,7 @@ from tilecut_passes.axes.selection import PAD, Selection
 from tilecut_passes.graph import Graph
 from tilecut_passes.plan import GroupPlan, PrunePlan
 from tilecut_passes.project_outputs import ProjectOutputs
+from tilecut_passes.remap_ids import LEAST
 from tilecut_passes.select_units import select_states, select_units
 
 
@@ -35,12 +36,14 @@ class Prune:
         """
         open_hidden(graph, self.plan)
         axes = infer(graph)
-        units = {}
+        units, stand_ins = {}, {}
         for group, planned in self.plan.matched(graph, find_groups(axes)):
             chosen = kept(planned)
             if chosen != list(range(group.size)):
                 units[group.axis] = chosen
-        changed = select_units(axes, Selection(units)) if units else 0
+            if planned.unknown is not None:
+                stand_ins[group.axis] = planned.unknown
+        changed = select_units(axes, Selection(units, stand_ins)) if units else 0
         removed = [branch for branch in axes.branches if branch.axis in units]
         remove_branches(graph, removed)
         return changed + len(removed)
@@ -54,12 +57,22 @@ def open_hidden(graph: Graph, plan: PrunePlan) -> None:
 
 
 def as_cut(dense: Graph, plan: PrunePlan) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """A function from the dense graph's inputs or outputs to those of the cut graph: a key-value cache loses heads too."""
-    if not dense.states:
+    """A function from the dense graph's inputs or outputs to those of the cut graph.
+
+    A key-value cache loses heads too, and no word that went is likely.
+    """
+    smaller = any(g.kind == "vocab" and len(g.kept) < g.size for g in plan.groups)
+    if not dense.states and not smaller:
         return dict
     axes = infer(dense)
     selection = Selection({group.axis: kept(planned) for group, planned in plan.matched(dense, find_groups(axes))})
-    return lambda tensors: select_states(axes, selection, tensors)
+    went = {name: ~selection.kept_mask(axis) for name, axis in axes.returned if selection.touches(axis)} if smaller else {}
+
+    def cut(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        out = select_states(axes, selection, tensors)
+        return out | {name: out[name].masked_fill(gone, LEAST) for name, gone in went.items() if name in out}
+
+    return cut
 
 
 def kept(planned: GroupPlan) -> list[int]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tilecut_passes.axes.expert_rows import ExpertRows
 from tilecut_passes.axes.infer import Sink, infer
 from tilecut_passes.axes.rules_convolutions import CONVOLUTIONS, is_transposed
 from tilecut_passes.axes.rules_reductions import SUMS
@@ -91,6 +92,23 @@ def read_contractions(
         with torch.no_grad():
             reader.run(*(batch.inputs[name] for name in graph.inputs))
         progress(done + 1, max(len(own), 1))
+    return bool(own)
+
+
+def read_expert_rows(
+    graph: Graph, wanted: Sequence[ExpertRows], batches: Sequence[Batch], visit: Callable[[int, Tensor, Tensor], None]
+) -> bool:
+    """Call `visit` with each one's number, rows [n, ..] and their experts [n]; whether this process has batches.
+
+    Padded positions are left out, as by `read_contractions`.
+    """
+    own = own_share(batches)
+    weights = {n.name for n in infer(graph).weights}
+    for _, batch in own or [(0, batches[0])]:
+        reader = _RowReader(graph, batch, {}, weights, lambda sink, terms: None)
+        reader.rows, reader.added = wanted, visit
+        with torch.no_grad():
+            reader.run(*(batch.inputs[name] for name in graph.inputs))
     return bool(own)
 
 
@@ -209,6 +227,31 @@ class _Reader(fx.Interpreter):
         while x.ndim > 2 and x.shape[0] == 1 and self.batch.valid(x) is None:
             x = x[0]
         return self.batch.rows(x)
+
+
+class _RowReader(_Reader):
+    """Runs a graph on one batch and visits what experts add."""
+
+    rows: Sequence[ExpertRows]
+    added: Callable[[int, Tensor, Tensor], None]
+
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.ends: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        for i, one in enumerate(self.rows):
+            if one.ends.name == n.name:
+                self.ends[n.name] = result
+            elif one.node.name == n.name:
+                check_values(self.source, self.batch.inputs, {n.name: result})
+                ends = self.ends[one.ends.name]
+                places = torch.arange(len(result), dtype=ends.dtype, device=ends.device)
+                expert = torch.searchsorted(ends, places, right=True)
+                real = self.picked.get(n)
+                self.added(i, *((result, expert) if real is None else (result[real], expert[real])))
+        return result
 
 
 def _by_channel(node: fx.Node, weight: Tensor, channels: int) -> Tensor:

@@ -78,7 +78,8 @@ class Reconstruct:
         changed, narrowed = find_changed(self.dense, graph, plan)
         sites, refusals = find_sites(self.dense, graph, plan, changed, narrowed)
         graph.refusals += refusals
-        follow = find_choices(graph, changed)
+        rerouted = plan.rerouted() if plan is not None else set()
+        follow = find_choices(graph, changed) - rerouted
         schedules = Schedule(self.dense, follow), Schedule(graph, follow)
         runs = [TwinRun(*schedules, batch) for _, batch in own_share(self.batches)]
         disk = DiskTensors(self.offload) if self.offload is not None else None

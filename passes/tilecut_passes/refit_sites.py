@@ -24,7 +24,7 @@ from tilecut_passes.axes.rules_convolutions import is_transposed
 from tilecut_passes.axes.selection import PAD, Selection
 from tilecut_passes.convolution_layer import ConvolutionLayer, convolution_layer
 from tilecut_passes.dense_layer import DenseLayer, dense_layer
-from tilecut_passes.expert_layer import SORTED, expert_layer
+from tilecut_passes.expert_layer import SORTED, ExpertLayer, expert_layer
 from tilecut_passes.graph import Graph, Refusal, arguments, is_call, source, value_of
 from tilecut_passes.plan import PrunePlan
 from tilecut_passes.prune import kept
@@ -103,6 +103,23 @@ class Kept:
         """The old index of every new one along an axis; None where it is as it was."""
         return self.selection.indices(axis) if self.selection.touches(axis) else None
 
+    def rerouted(self) -> set[str]:
+        """Names of the calls that choose otherwise because experts went: contests, and integers that come of them.
+
+        A pruned run cannot take these over from the dense one.
+        """
+        found = {c.node for c in self.axes.contests if self.selection.touches(c.axis)}
+        for node in self.axes.graph.nodes:
+            value = value_of(node)
+            is_whole = not (isinstance(value, Tensor) and value.is_floating_point())
+            if is_whole and not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return {node.name for node in found}
+
+    def lost_experts(self, twin: fx.Node) -> bool:
+        """Whether a product with a matrix for each expert has fewer of them now."""
+        return self.selection.touches(self.axes.input(twin, 1)[0])
+
 
 def find_layer(node: fx.Node) -> RefitLayer | None:
     """The layer that a call is, or None."""
@@ -112,7 +129,8 @@ def find_layer(node: fx.Node) -> RefitLayer | None:
 def find_changed(dense: Graph, pruned: Graph, plan: Kept | None) -> tuple[set[fx.Node], set[fx.Node]]:
     """Nodes of the pruned graph whose values differ from the dense ones, and of those the ones that lost terms."""
     twins = {n.name: n for n in dense.nodes}
-    cut = {s.node for s in plan.axes.sinks if plan.selection.touches(s.axis)} if plan else set()
+    closed = (*plan.axes.sinks, *plan.axes.contests) if plan else ()
+    cut = {s.node for s in closed if plan and plan.selection.touches(s.axis)}
     narrowed = {
         n for n in pruned.nodes if (twin := twins.get(n.name)) and (twin in cut or _terms(n, pruned) != _terms(twin, dense))
     }
@@ -159,6 +177,8 @@ def find_sites(
                 why = "no dense layer, convolution or product with experts: left as it is"
         elif uses[layer.weight] > 1 or (layer.bias is not None and uses[layer.bias] > 1):
             why = "its weight or bias is shared"
+        elif plan is not None and isinstance(layer, ExpertLayer) and plan.lost_experts(twin):
+            why = "it lost experts: rows go to others now"
         elif plan is None and _outputs(layer, pruned) != _outputs(was, dense):
             why = "it lost outputs, and which is not known without the plan"
         else:

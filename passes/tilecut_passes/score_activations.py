@@ -7,6 +7,9 @@
     reap   mean norm of what the unit adds to its layer's output, over the positions where it adds anything; for an
            expert that is its gate times its output (Lasby et al., REAP the Experts, arXiv 2510.13999)
 
+Experts of sorted rows have no sink: wanda and flap are those of the inputs of their last matrices, and reap is over the
+rows that are routed to them, the router's weight included where it multiplies the rows before they are put in order.
+
 All three add up over the sinks of a group. A unit's term is x_u W_u at a weight, the product at a matmul of two
 activations (gate times expert), and what is summed at a sum (`read_contractions.py`). Sums stream in float64: memory
 does not depend on the number of batches.
@@ -24,12 +27,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tilecut_passes.axes.expert_rows import ExpertRows
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Sink
 from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph
 from tilecut_passes.mask import unit_of
-from tilecut_passes.read_contractions import Terms, read_contractions
+from tilecut_passes.read_contractions import Terms, read_contractions, read_expert_rows
 from tilecut_passes.score import Progress, Ranking
 from tilecut_passes.score_weights import price_by_parameters, relative
 from tilecut_passes.share_batches import total
@@ -72,10 +76,29 @@ def score_reap(
                 active[i] += (added != 0).sum(0).cpu()
 
     counts = read_contractions(graph, [sink for _, sink in sites], batches, progress, visit)
-    scores = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
+    scores = _routed_norms(graph, groups, batches)
     for (group, _), norm, times in zip(sites, _sum_up(norms, counts), _sum_up(active, counts)):
         scores[group.name] += norm / times.clamp_min(1)
     return price_by_parameters(graph, groups, {name: relative(one) for name, one in scores.items()})
+
+
+def _routed_norms(graph: Graph, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """By group name, the mean norm [U] of the rows that experts add to, each where it is routed to."""
+    sites = [(group, rows) for group in groups for rows in group.rows]
+    sums = [torch.zeros(group.size + 1, dtype=torch.float64) for group, _ in sites]
+    times = [torch.zeros(group.size + 1, dtype=torch.float64) for group, _ in sites]
+
+    def visit(i: int, added: Tensor, expert: Tensor) -> None:
+        group, rows = sites[i]
+        unit = unit_of(rows.axis, group.axis)[expert.cpu()]
+        sums[i].index_add_(0, unit, added.flatten(1).norm(dim=1).double().cpu())
+        times[i].index_add_(0, unit, torch.ones(len(unit), dtype=torch.float64))
+
+    counts = read_expert_rows(graph, [rows for _, rows in sites], batches, visit) if sites else True
+    scores = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
+    for (group, _), norm, count in zip(sites, _sum_up(sums, counts), _sum_up(times, counts)):
+        scores[group.name] += norm[:-1] / count[:-1].clamp_min(1)
+    return scores
 
 
 def mean_activations(
@@ -84,6 +107,8 @@ def mean_activations(
     """By group name, the mean absolute activation [U] at the gates, over each unit's indices, summed over the sinks."""
     found = contraction_scores(graph, groups, batches, progress, Moments.strength)
     sizes = {g.name: [int((unit_of(s.axis, g.axis) < g.size).sum()) / g.size for s in g.gates] for g in groups}
+    for group in groups:
+        sizes[group.name] += [int(rows.contracted.root.size) for rows in group.rows]
     return {name: one / (sum(sizes[name]) / len(sizes[name])) for name, one in found.items()}
 
 
@@ -94,8 +119,11 @@ def contraction_scores(
     progress: Progress,
     statistic: Callable[[Moments], Tensor],
 ) -> dict[str, Tensor]:
-    """By group name, a statistic [K] of what the sinks contract, summed over each unit's indices and over the sinks."""
-    sinks = {_key(sink): sink for group in groups for sink in group.gates}
+    """By group name, a statistic [G, K] of what the sinks contract, summed over each unit's indices and over the sinks.
+
+    Units are indices along the sink; experts of sorted rows are matrices.
+    """
+    sinks = {_key(sink): sink for group in groups for sink in (*group.gates, *map(_product, group.rows))}
     moments: dict[Key, Moments] = {}
 
     def visit(sink: Sink, terms: Terms) -> None:
@@ -113,7 +141,9 @@ def contraction_scores(
     for group in groups:
         units = torch.zeros(group.size + 1, dtype=torch.float64)
         for sink in group.gates:
-            units.index_add_(0, unit_of(sink.axis, group.axis), at[_key(sink)])
+            units.index_add_(0, unit_of(sink.axis, group.axis), at[_key(sink)].sum(0))
+        for rows in group.rows:
+            units.index_add_(0, unit_of(rows.axis, group.axis), at[_key(_product(rows))].sum(1))
         scores[group.name] = units[: group.size]
     return scores
 
@@ -154,23 +184,28 @@ class Moments:
         )
 
     def wanda(self) -> Tensor:
-        """[K]: the norm of each input times the L1 norm of its weights."""
-        return (self.squares.sqrt().sum(-1) * self.l1).sum(0)
+        """[G, K]: the norm of each input times the L1 norm of its weights."""
+        return self.squares.sqrt().sum(-1) * self.l1
 
     def flap(self) -> Tensor:
-        """[K]: the variance of each input times the squared norm of its weights; matrices by how many rows they see."""
+        """[G, K]: the variance of each input times the squared norm of its weights; matrices by how many rows they see."""
         rows = self.count.clamp_min(1)[:, None, None]
         variance = (self.squares / rows - (self.sums / rows).square()).clamp_min(0).sum(-1)
         share = self.count / self.count.sum().clamp_min(1)
-        return (share[:, None] * variance * self.l2_squared).sum(0)
+        return share[:, None] * variance * self.l2_squared
 
     def strength(self) -> Tensor:
-        """[K]: the mean absolute input."""
-        return self.sizes.sum(0).mean(-1) / self.count.sum().clamp_min(1)
+        """[G, K]: the mean absolute input."""
+        return self.sizes.mean(-1) / self.count.sum().clamp_min(1)
 
 
 def _key(sink: Sink) -> Key:
     return sink.node.name, sink.argument, sink.dim
+
+
+def _product(rows: ExpertRows) -> Sink:
+    """What the last product of sorted rows contracts."""
+    return Sink(rows.product, 0, 1, rows.contracted)
 
 
 def _sum_up(states: Sequence[Tensor], counts: bool) -> Sequence[Tensor]:

@@ -57,7 +57,7 @@ def score_surgeon(
 
 def surgical_groups(groups: Sequence[Group]) -> list[Group]:
     """The groups whose gates all feed dense layers."""
-    return [g for g in groups if all(dense_layer(sink.node) is not None for sink in g.gates)]
+    return [g for g in groups if g.gates and all(dense_layer(sink.node) is not None for sink in g.gates)]
 
 
 def order_units(

@@ -108,15 +108,15 @@ def search(
         ConfigError: a limit is below the smallest legal model (names the smallest reachable), or groups that must be
             alike share no size.
     """
-    joined = _joined(sets, alike)
+    together = joined(sets, alike)
     if not groups:
         _check_fits(limits, [limit.rest for limit in limits])
         return {}
     inside = within or {}
-    options = [_without_choice_in_removed(_options(names, sizes, alike), sizes, inside) for names in joined]
+    options = [_without_choice_in_removed(_options(names, sizes, alike), sizes, inside) for names in together]
     losses = [[lost(curves, one, inside) for one in offered] for offered in options]
     # A joined set is priced set by set: its costs add up.
-    parts = [[names for names in sets if set(names) <= set(one)] for one in joined]
+    parts = [[names for names in sets if set(names) <= set(one)] for one in together]
     costs = [
         [[sum(limit.cost(names, one) for names in within) for one in offered] for within, offered in zip(parts, options)]
         for limit in limits
@@ -167,13 +167,13 @@ def shown(amount: float) -> str:
     return f"{amount:,.0f}" if amount >= 1000 or float(amount).is_integer() else f"{amount:.3g}"
 
 
-def _joined(sets: Sequence[Sequence[str]], alike: Sequence[Sequence[str]]) -> list[list[str]]:
+def joined(sets: Sequence[Sequence[str]], alike: Sequence[Sequence[str]]) -> list[list[str]]:
     """Sets of names, those with groups that must be alike made one."""
-    joined = [list(names) for names in sets]
+    out = [list(names) for names in sets]
     for names in alike:
-        met = [one for one in joined if set(one) & set(names)]
-        joined = [one for one in joined if one not in met] + [[n for one in met for n in one]]
-    return joined
+        met = [one for one in out if set(one) & set(names)]
+        out = [one for one in out if one not in met] + [[n for one in met for n in one]]
+    return out
 
 
 def _options(

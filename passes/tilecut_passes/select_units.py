@@ -5,7 +5,9 @@ After:
     - parameters and buffers hold the selected slices, under the same names;
     - tensors made in the graph, and constants where they enter an op, are selected from;
     - the literals of reshape, expand, split, slice and norms say the new sizes;
-    - inputs that hold a key-value cache have the new sizes.
+    - inputs that hold a key-value cache have the new sizes;
+    - constants that indices are compared with have the new numbers, and so have rows that the caller's ids choose: outputs
+      along such rows get their full width back (`remap_ids.py`).
 Left alone: everything that no selected leaf is part of; the caller's tensors (new ones are made).
 """
 
@@ -22,6 +24,7 @@ from tilecut_passes.axes.infer import Axes
 from tilecut_passes.axes.rules import RESIZE
 from tilecut_passes.axes.selection import Selection, take
 from tilecut_passes.graph import value_of
+from tilecut_passes.remap_ids import remap_lookups, widen_outputs
 
 aten = torch.ops.aten
 
@@ -66,7 +69,17 @@ def select_units(axes: Axes, selection: Selection) -> int:
                 picked = _select_in_graph(axes, selection, here, dim, axis, before=border.user)
                 border.user.replace_input_with(here, picked)
                 here = picked
-    return count
+        into = axes.numbers.get((border.user, border.source))
+        if into is not None and selection.touches(into):
+            border.user.replace_input_with(here, _renumber(axes, selection, into, here, border.user))
+    return count + remap_lookups(axes, selection, masked=False) + widen_outputs(axes, selection, masked=False)
+
+
+def _renumber(axes: Axes, selection: Selection, into: Axis, numbers: fx.Node, user: fx.Node) -> fx.Node:
+    """A call that gives old indices into an axis their new numbers, -1 for those that went."""
+    table = axes.graph.add_tensor(f"tilecut_numbers_{user.name}", selection.places(into))
+    with axes.graph.fx.inserting_before(user):
+        return axes.graph.fx.call_function(aten.index.Tensor, (table, [numbers]))
 
 
 def _resize_state(axes: Axes, selection: Selection, node: fx.Node) -> None:

@@ -84,7 +84,7 @@ class TuneMasks:
         masked = self._masked(kept)
         sites = [s for s in sites if s.node in masked]
         graph.refusals += [Refusal("TuneMasks", r.node, r.why) for r in refusals if r.node in masked]
-        follow = find_choices(graph, changed)
+        follow = find_choices(graph, changed) - kept.rerouted()
         schedules = Schedule(self.dense, follow), Schedule(graph, follow)
         runs = [TwinRun(*schedules, batch) for _, batch in own_share(self.batches)]
         waiting = WaitingTensors(DiskTensors(self.offload), limit=0) if self.offload else WaitingTensors()

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tilecut.choose_words import Words
 from tilecut.config import PruneConfig
 from tilecut.plan_tokens import TokenSchedule
 from tilecut.price_plan import HEAD_WIDTH, MILLISECONDS, WIDTHS, Prices, limits_of
@@ -100,10 +101,12 @@ def choose_plan(
     latency: CostModel | None = None,
     fisher: Mapping[str, Tensor] | None = None,
     tokens: TokenSchedule | None = None,
+    words: Words | None = None,
 ) -> Choice:
     """The plan that loses least within every budget of `config`.
 
     Args:
+        words: what stays of the vocabulary, whatever the budget.
         latency: the target's cost model, for `max_latency_ms`.
         fisher: Fisher matrices [U, U] of the groups: search and rearrange by them, as Kwon et al. do.
         tokens: those that go on the way; budgets of MACs hold with them gone.
@@ -118,6 +121,8 @@ def choose_plan(
     by_name = {g.name: g for g in groups}
     # Head widths and groups that may not be cut are padded whatever the search does.
     always = {g.name: g.count for g in whole.groups if g.name not in by_name and g.name in counter.leaf_of}
+    if words is not None:
+        always[words.group.name] = len(words.kept)
     within = counter.within(groups)
     asked = constraints(axes, groups, config, target)
     curves = {name: ranking.losses for name, ranking in rankings.items()}
@@ -127,6 +132,8 @@ def choose_plan(
 
     def sizes_on(lattice: Lattice) -> dict[str, int]:
         prices, sizes = prices_on(lattice), legal_sizes(groups, lattice, asked)
+        if not groups:
+            return {}
         if fisher is not None:
             sets = counter.groups_together(list(by_name))
             return _by_fisher(groups, sets, fisher, sizes, limits_of(prices, config), config)
@@ -150,6 +157,8 @@ def choose_plan(
     if fisher is not None:
         kept = rearrange_masks(kept, fisher)
     plan = PrunePlan.keep_all(graph, groups).keeping(kept)
+    if words is not None:
+        plan = _with_words(plan, graph, words)
     plan = _legal(plan, graph, target, config.power_of_two_heads)
     entries = tokens.entries if tokens is not None else ()
     plan = replace(plan, target=str(target), at=config.sizes(), frozen=tuple(find_frozen(axes)), tokens=entries)
@@ -168,6 +177,11 @@ def choose_plan(
         block if config.adapt_block is not None else None,
         pruned,
     )
+
+
+def _with_words(plan: PrunePlan, graph: Graph, words: Words) -> PrunePlan:
+    (whole,) = PrunePlan.keep_all(graph, [words.group]).groups
+    return replace(plan, groups=(*plan.groups, replace(whole, kept=words.kept, unknown=words.unknown)))
 
 
 def constraints(axes: Axes, groups: Sequence[Group], config: PruneConfig, target: Target) -> Constraints:

@@ -33,7 +33,8 @@ def read_options(
     max_bytes: Annotated[int | None, _option("bytes of the whole model's weights", BUDGET)] = None,
     attention_sparsity: Annotated[float | None, _option("fraction of the attention's MACs that goes", BUDGET)] = None,
     num_heads_keep: Annotated[int | None, _option("heads that every attention keeps", BUDGET)] = None,
-    kinds: Annotated[str | None, _option("comma-separated: heads,kv_groups,queries,neurons", SHAPE)] = None,
+    kinds: Annotated[str | None, _option("comma-separated: heads,kv_groups,queries,neurons,experts,vocab", SHAPE)] = None,
+    vocabulary: Annotated[str | None, _option("a file of texts whose words stay, with kind vocab", SHAPE)] = None,
     keep: Annotated[
         list[str] | None, _option("a group that is not cut, a kind, or a pattern: '*layer.0.*'; may be repeated", SHAPE)
     ] = None,
@@ -97,6 +98,7 @@ def read_options(
                 "attention_sparsity": attention_sparsity,
                 "num_heads_keep": num_heads_keep,
                 "kinds": tuple(names(kinds)) if kinds is not None else None,
+                "vocabulary": vocabulary,
                 "keep": tuple(keep) if keep else None,
                 "min_units": named_numbers("--min-units", min_units) if min_units else None,
                 "max_units": named_numbers("--max-units", max_units) if max_units else None,

@@ -16,7 +16,7 @@ from tilecut_runtime.errors import ConfigError
 
 # What is cut unless something else is asked for, and what else may be (docs/kinds.md).
 DEFAULT_KINDS = ("heads", "kv_groups", "queries", "neurons")
-KINDS = (*DEFAULT_KINDS, "qk_width", "vo_width", "hidden", "layers")
+KINDS = (*DEFAULT_KINDS, "qk_width", "vo_width", "hidden", "layers", "experts", "vocab")
 METHODS = tuple(dict.fromkeys(("table", "fisher", *IMPORTANCES)))
 AT = {"batch": 1, "sequence": 128, "threads": 1}
 
@@ -41,6 +41,11 @@ class PruneConfig(Settings):
         default_factory=lambda: dict(AT), description="sizes at which MACs and latency are counted"
     )
     kinds: tuple[str, ...] = Field(default=DEFAULT_KINDS, description="kinds of group that may be cut, of " + ", ".join(KINDS))
+    vocabulary: str | tuple[int, ...] | tuple[str, ...] | None = Field(
+        default=None,
+        description="with kind vocab, the words that stay: those of a file of texts (.txt, .tsv, .jsonl) or of texts, or "
+        "ids; special tokens always do",
+    )
     block: int | None = Field(
         default=None, gt=0, description="widths are multiples of this and of the target's own block; None: the target's"
     )
@@ -115,6 +120,10 @@ class PruneConfig(Settings):
             raise ValueError(f"method 'fisher' (Kwon et al.) knows no {odd[0]}: use method='table'")
         if not self.kinds:
             raise ValueError("kinds is empty: nothing could be cut")
+        if ("vocab" in self.kinds) != (self.vocabulary is not None):
+            raise ValueError("kind 'vocab' and vocabulary, which says what words stay, go together")
+        if self.vocabulary is not None and not self.vocabulary:
+            raise ValueError("vocabulary is empty: no word would stay")
         if bad := {k: v for k, v in self.at.items() if v < 1}:
             raise ValueError(f"at {bad} must be positive")
         if isinstance(self.tokens, dict) and (none := {k: v for k, v in self.tokens.items() if not 0 < v <= 1}):

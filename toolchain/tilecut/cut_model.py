@@ -86,7 +86,16 @@ def _cut_groups(made: Prepared, config: PruneConfig | None, progress: Progress) 
 def _choose(made: Prepared, config: PruneConfig) -> Choice:
     def choose(tokens: TokenSchedule | None) -> Choice:
         return choose_plan(
-            made.dense, made.axes, made.groups, made.rankings, config, made.target, made.latency, made.fisher, tokens
+            made.dense,
+            made.axes,
+            made.groups,
+            made.rankings,
+            config,
+            made.target,
+            made.latency,
+            made.fisher,
+            tokens,
+            made.words,
         )
 
     if made.token_losses is None:

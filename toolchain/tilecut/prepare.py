@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tilecut.check_sizes import check_sizes
 from tilecut.choose_plan import constraints
+from tilecut.choose_words import Words, choose_words
 from tilecut.config import PruneConfig
 from tilecut.load_calibration import Calibration, load_calibration
 from tilecut.load_model import load_model
@@ -55,6 +56,7 @@ class Prepared:
         table: what the cost table held, with method "table".
         latency: the target's cost model, where a budget of milliseconds asks for it.
         tokens: those that the config says go; `token_losses` where it says to search for them.
+        words: what stays of the vocabulary, where it is cut.
     """
 
     model: nn.Module
@@ -70,6 +72,7 @@ class Prepared:
     latency: CostModel | None = None
     tokens: TokenSchedule | None = None
     token_losses: TokenLosses | None = None
+    words: Words | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -133,11 +136,16 @@ def prepare(
                 made.calibrated = load_calibration(calibration, dense, model, PruneConfig().sizes()["sequence"])
                 _check_data(made)
         return made
-    groups = _prunable(every_group, config, name, find_frozen(axes))
+    frozen = find_frozen(axes)
+    groups = _prunable(every_group, config, name, frozen)
     made = Prepared(model, target, dense, axes, groups, notes=list(dense.notes))
     fused, stream = fused_stream(dense) if config.tokens is not None else (None, None)
     if isinstance(config.tokens, Mapping) and stream is not None:
         made.tokens = TokenSchedule(stream, plan_tokens(stream, config.tokens, config.tokens_restored))
+    if config.vocabulary is not None:
+        why = next((f"{f.name}: {f.why}" for f in frozen if f.why != "input of the model"), "it looks up no ids")
+        made.words = choose_words(config.vocabulary, every_group, dense, model, why)
+        made.notes.append(made.words.note)
     # What cannot be honoured is said before the long work.
     lattice = target.lattice(config.block, config.power_of_two_heads)
     sizes = legal_sizes(groups, lattice, constraints(axes, groups, config, target))
@@ -152,6 +160,8 @@ def prepare(
     if config.max_latency_ms is not None or latency:
         with progress.stage("cost model"):
             made.latency = _cost_model(made, config, progress, needed=config.max_latency_ms is not None)
+    if not groups:
+        return made
     made.method = _method(config, made)
     with progress.stage(f"score ({made.method})"):
         _rank(made, config, sizes, progress)
@@ -264,8 +274,9 @@ def _check_at(graph: Graph, config: PruneConfig | None) -> None:
 
 
 def _prunable(groups: Sequence[Group], config: PruneConfig, model: str, frozen: Sequence[Frozen]) -> list[Group]:
-    found = [g for g in groups if g.kind in config.kinds]
-    if not found:
+    # Words do not compete with other units for a budget: the caller says which stay.
+    found = [g for g in groups if g.kind in config.kinds and g.kind != "vocab"]
+    if not found and config.vocabulary is None:
         reasons = "; ".join(f"{f.name}: {f.why}" for f in frozen[:3]) or "it has no contraction with a free dimension"
         raise ConfigError(
             model,

@@ -15,7 +15,7 @@ from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.count_macs import MacCounter, ParameterCounter
 from tilecut_passes.enforce_head_width import EnforceHeadWidth
-from tilecut_passes.search import Lattice, Limit
+from tilecut_passes.search import Lattice, Limit, joined
 from tilecut_runtime.errors import ConfigError
 from tilecut_targets.cost_model import CostModel
 from tilecut_targets.target import Target
@@ -53,6 +53,13 @@ class Prices:
     def inner(self) -> list[str]:
         """The groups that are chosen for at one hidden width."""
         return [name for name, group in self.groups.items() if group.kind != "hidden"]
+
+    def sets(self, config: PruneConfig) -> list[list[str]]:
+        """The groups of `inner`, split into sets whose costs add up: they share no contraction, and no tensor to count."""
+        sets = self.counter.groups_together(self.inner)
+        if config.max_params is None and config.max_bytes is None:
+            return sets
+        return joined(sets, ParameterCounter(self.axes, self.counter).groups_together(self.inner))
 
     def at_hidden(self, sizes: Mapping[str, int]) -> Prices:
         """The prices at other hidden widths."""

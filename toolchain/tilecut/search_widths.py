@@ -37,7 +37,7 @@ def search_widths(
     """
     inner = [prices.groups[name] for name in prices.inner]
     names = [group.name for group in inner]
-    sets = prices.counter.groups_together(names)
+    sets = prices.sets(config)
     own = [[n for n in one if n in set(names)] for one in alike]
     best: dict[str, int] | None = None
     least = float("inf")

@@ -24,15 +24,19 @@ from tilecut_passes.graph import Size
 
 
 class Axis:
-    """One dimension's type. `frozen` says why its units may not change; `roles` what ops did with it."""
+    """One dimension's type. `frozen` says why its units may not change; `roles` what ops did with it.
 
-    __slots__ = ("_bound", "_form", "_parts", "frozen", "roles", "size")
+    `contended` is why they may not unless the axis turns out to be of a kind whose units may leave a contest (`settle`).
+    """
+
+    __slots__ = ("_bound", "_form", "_parts", "contended", "frozen", "roles", "size")
 
     def __init__(self, size: Size, form: str | None = None, parts: Sequence[Axis] = ()):
         self.size = size
         self._form = form or {1: "product", 0: "concat"}.get(size if isinstance(size, int) else -1)
         self._parts = tuple(parts)
         self._bound: Axis | None = None
+        self.contended: str | None = None
         self.frozen: str | None = None
         self.roles: set[str] = set()
 
@@ -97,7 +101,15 @@ class Axis:
     def freeze(self, why: str) -> Axis:
         """Forbid changing its units; the first reason stays."""
         for leaf in self.leaves:
-            leaf.frozen = leaf.frozen or why
+            leaf.frozen = leaf.frozen or leaf.contended or why
+        return self
+
+    def contend(self, why: str) -> Axis:
+        """Forbid changing its units unless they are found to be experts or a vocabulary; the first reason stays."""
+        for leaf in self.leaves:
+            leaf.contended = leaf.contended or why
+            if not leaf.is_static:
+                leaf.freeze(why)
         return self
 
     def mark(self, role: str) -> Axis:
@@ -219,7 +231,9 @@ def _bind(leaf: Axis, to: Axis) -> None:
         to.freeze("occurs in its own refinement")
         return
     for inner in to.leaves:
-        inner.frozen = inner.frozen or leaf.frozen
+        if leaf.frozen:
+            inner.freeze(leaf.frozen)
+        inner.contended = inner.contended or leaf.contended
         inner.roles |= leaf.roles
     leaf.become(to)
 

@@ -1,13 +1,15 @@
 """Groups: the free atoms of a graph that some parameter holds and some op contracts.
 
 A group knows its members (which slice of which parameter each unit owns), its gates (the activations at which
-multiplying by a 0/1 mask equals removing units) and a kind, which comes from what ops did with the atom:
+multiplying by a 0/1 mask equals removing units), its contests (the calls that a removed unit must not win) and a kind,
+which comes from what ops did with the atom:
 
     heads      batches an attention; where an outer factor batches it too, the outer is kv_groups, the inner queries
     qk_width   contracted between queries and keys
     vo_width   the width of the values
     hidden     a norm's statistics run over it, so that removing a unit is not masking it
-    experts    batches a product with a weight
+    experts    batches a product with a weight, or rows that are sorted go through one matrix for each
+    vocab      the rows of a table that the caller's ids choose
     neurons    anything else that is contracted
     layers     one unit: a residual branch, there or not (branches.py)
 """
@@ -15,11 +17,17 @@ multiplying by a 0/1 mask equals removing units) and a kind, which comes from wh
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import fx
+
 from tilecut_passes.axes.axis import Axis, occurrences
-from tilecut_passes.axes.infer import Axes, Sink
+from tilecut_passes.axes.expert_rows import ExpertRows, find_expert_rows, sorted_products
+from tilecut_passes.axes.infer import Axes, Contest, Sink
+from tilecut_passes.axes.selection import Selection
+from tilecut_passes.axes.settle import is_vocabulary
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that live and die together. `axis` is their leaf in the `Axes` they were found in."""
+    """Units that live and die together. `axis` is their leaf in the `Axes` they were found in.
+
+    `rows` are where experts can be scaled, and `least` is how many units there must be for contests to have winners.
+    """
 
     name: str
     kind: str
@@ -56,6 +67,9 @@ class Group:
     axis: Axis
     members: tuple[Member, ...]
     gates: tuple[Sink, ...]
+    contests: tuple[Contest, ...] = ()
+    rows: tuple[ExpertRows, ...] = ()
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,8 +102,11 @@ def find_groups(axes: Axes) -> list[Group]:
     found: list[Group] = []
     taken: dict[str, int] = {}
     order = {node: i for i, node in enumerate(axes.graph.nodes)}
+    first = {leaf: order[sinks[0].node] for leaf, sinks in gates.items()}
+    for leaf, node in _without_gates(axes):
+        first[leaf] = min(first.get(leaf, order[node]), order[node])
     parameters, branches = _parameters(axes), {branch.axis for branch in axes.branches}
-    for leaf in sorted((x for x in members if x in gates), key=lambda x: order[gates[x][0].node]):
+    for leaf in sorted((x for x in members if x in first), key=lambda x: first[x]):
         is_branch = leaf in branches
         if leaf.frozen or not isinstance(leaf.size, int) or (leaf.size < 2 and not is_branch):
             continue
@@ -104,8 +121,38 @@ def find_groups(axes: Axes) -> list[Group]:
         name = f"{owner}:{kind}"
         taken[name] = taken.get(name, 0) + 1
         unique = name if taken[name] == 1 else f"{name}#{taken[name]}"
-        found.append(Group(unique, kind, leaf.size, leaf, tuple(members[leaf]), tuple(gates[leaf])))
+        contests = tuple(c for c in axes.contests if leaf in c.axis.leaves)
+        rows = find_expert_rows(axes, leaf) if kind == "experts" else ()
+        found.append(
+            Group(
+                unique,
+                kind,
+                leaf.size,
+                leaf,
+                tuple(members[leaf]),
+                tuple(gates.get(leaf, ())),
+                contests,
+                rows,
+                _least(leaf, leaf.size, contests),
+            )
+        )
     return found
+
+
+def _without_gates(axes: Axes) -> list[tuple[Axis, fx.Node]]:
+    """Experts of sorted rows and words of a vocabulary: nothing contracts them."""
+    routed = [(leaf, node) for node, axis in sorted_products(axes) for leaf in axis.leaves]
+    return routed + [(axes.input(node)[0].root, node) for node in axes.lookups if is_vocabulary(axes.input(node)[0].root)]
+
+
+def _least(leaf: Axis, size: int, contests: Sequence[Contest]) -> int:
+    """The fewest units of a leaf with which every contest has as many as win it."""
+    wanted = [c for c in contests if c.winners > 1]
+    return next(n for n in range(1, size + 1) if all(_count(c, leaf, n) >= c.winners for c in wanted) or n == size)
+
+
+def _count(contest: Contest, leaf: Axis, units: int) -> int:
+    return Selection({leaf: range(units)}).count(contest.axis)
 
 
 def find_frozen(axes: Axes) -> list[Frozen]:
@@ -135,6 +182,8 @@ def _kind(leaf: Axis, dims: list[Axis]) -> str:
     # Queries and keys may be normed head by head: their width is still the heads'.
     if "norm" in leaf.roles and ("head" in leaf.roles or "qk" not in leaf.roles):
         return "hidden"
+    if "vocab" in leaf.roles:
+        return "vocab"
     if "head" in leaf.roles:
         for axis in dims:
             for piece in axis.pieces:

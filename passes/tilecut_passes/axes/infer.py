@@ -9,6 +9,7 @@ An op without a rule freezes every dimension that it touches and says so: nothin
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,20 @@ class Sink:
 
 
 @dataclass(frozen=True)
+class Contest:
+    """Where units of `axis` compete along dimension `dim` of a call's first argument: softmax, top-k, argmax, a running sum.
+
+    A unit takes no part where it is given `fill` there. `winners` of them are chosen; 0 where none is.
+    """
+
+    node: fx.Node
+    dim: int
+    axis: Axis
+    fill: float
+    winners: int = 0
+
+
+@dataclass(frozen=True)
 class Border:
     """A constant entering an op that parameters reach: `user` sees `source` with axes of its own."""
 
@@ -63,6 +78,16 @@ class Axes:
     # Calls that make a tensor from nothing (arange, zeros): their dims are cut by selecting from them.
     makers: list[fx.Node] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)
+    contests: list[Contest] = field(default_factory=list)
+    contended: list[Axis] = field(default_factory=list)
+    # What the integers of a node's results are indices into, by result.
+    points: dict[tuple[fx.Node, int], Axis] = field(default_factory=dict)
+    # (user, source) of borders whose values are such indices, and so have to be renumbered.
+    numbers: dict[tuple[fx.Node, fx.Node], Axis] = field(default_factory=dict)
+    # Nodes that hold ids which the caller gave; calls that read rows of a table by them; outputs along such rows.
+    ids: set[fx.Node] = field(default_factory=set)
+    lookups: list[fx.Node] = field(default_factory=list)
+    returned: list[tuple[str, Axis]] = field(default_factory=list)
     borders: list[Border] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
     constants: set[fx.Node] = field(default_factory=set)
@@ -77,6 +102,29 @@ class Axes:
         """Note that `node` contracts dimension `dim` of its argument."""
         types = self.input(node, argument)
         self.sinks.append(Sink(node, argument, dim % len(types), types[dim]))
+
+    def contest(self, node: fx.Node, dim: int, why: str, fill: float = -math.inf, winners: int = 0) -> Axis:
+        """Note that units of dimension `dim` of a call's first argument compete."""
+        types = self.input(node)
+        self.contests.append(Contest(node, dim % len(types), types[dim], fill, winners))
+        return self.contend(types[dim], why)
+
+    def contend(self, axis: Axis, why: str) -> Axis:
+        """Freeze an axis unless it turns out to be of a kind that may leave a contest."""
+        self.contended.append(axis)
+        return axis.contend(why)
+
+    def index_by(self, axis: Axis, index: fx.Node, why: str) -> None:
+        """A dimension is read at the indices that `index` holds: it is what they point into, or else frozen."""
+        into = self.points.get((index, 0))
+        if into is not None and into.root.size == axis.root.size:
+            unify(axis, into, why)
+        else:
+            axis.freeze(why)
+
+    def read_by(self, user: fx.Node, node: fx.Node, index: Iterable[fx.Node]) -> Types:
+        """Types of what is read at indices; a constant that is read at those into a dimension gets fresh ones."""
+        return self.operand(user, node) if any((i, 0) in self.points for i in index) else self.of[node]
 
     def operand(self, user: fx.Node, node: fx.Node) -> Types:
         """Types of an elementwise operand; a constant gets fresh ones for this use."""
@@ -99,10 +147,13 @@ class Axes:
 
 def infer(graph: Graph) -> Axes:
     """Type every node of `graph`, in one pass over its nodes."""
+    from tilecut_passes.axes.follow_indices import follow_indices, holds_words
     from tilecut_passes.axes.rules import RULES
+    from tilecut_passes.axes.settle import return_rows, settle
 
     axes = Axes(graph)
     states = {graph.input_node(name) for name in graph.states}
+    words = {node for name, node in zip(graph.inputs, graph.placeholders) if node not in states and holds_words(name)}
     for node in graph.nodes:
         value = value_of(node)
         is_parameter = node.op == "get_attr" and isinstance(graph.tensor(str(node.target)), nn.Parameter)
@@ -117,14 +168,20 @@ def infer(graph: Graph) -> Axes:
         if node.op == "placeholder":
             axes.of[node] = fresh(cast(Tensor, value))
             freeze_interface(axes.of[node], is_state, "input of the model")
+            if node in words:
+                axes.ids.add(node)
         elif node.op == "get_attr":
             axes.of[node] = axes.tensors.setdefault(str(node.target), fresh(cast(Tensor, value)))
         elif node.op == "output":
             continued = set(graph.states.values())
             for name, result in zip(graph.outputs, graph.results):
-                freeze_interface(axes.of[result], name in continued, "output of the model")
+                if (result, 0) in axes.points:
+                    axes.points[result, 0].freeze("indices into it are an output of the model")
+                freeze_interface(return_rows(axes, name, result), name in continued, "output of the model")
         else:
             axes.of[node] = _apply(axes, node, value, RULES)
+            follow_indices(axes, node)
+    settle(axes)
     axes.branches = find_branches(graph, {sink.node for sink in axes.sinks})
     axes.sinks += [Sink(one.node, one.argument, 0, one.axis) for one in axes.branches]
     return axes

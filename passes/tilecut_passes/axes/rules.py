@@ -81,4 +81,5 @@ RESIZE: dict[object, Callable[[Axes, fx.Node, Selection], None]] = {
     **rules_pieces.RESIZE,
     **rules_convolutions.RESIZE,
     **rules_normalizations.RESIZE,
+    **rules_positions.RESIZE,
 }

@@ -165,9 +165,16 @@ def packed_attention(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
 
 
 def embedding(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
-    """Rows of a table: the rows are frozen, the columns are the output's last dimension."""
+    """Rows of a table: the columns are the output's last dimension, and the rows are frozen.
+
+    Unless ids of the caller say which: then the rows may be a vocabulary. Rows of what the ids point into are that.
+    """
     weight = axes.of[a["weight"]]
-    weight[0].freeze("vocabulary")
+    if a["indices"] in axes.ids:
+        axes.lookups.append(node)
+        axes.contend(weight[0].mark("vocab"), "vocabulary")
+    else:
+        axes.index_by(weight[0], a["indices"], "vocabulary")
     return [*axes.of[a["indices"]], weight[1]]
 
 
@@ -186,11 +193,14 @@ def embedding_bag(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
 
 
 def grouped_matmul(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
-    """[T, I] x [E, I, O] -> [T, O], rows sorted by expert; the experts are frozen."""
+    """[T, I] x [E, I, O] -> [T, O], rows sorted by expert; experts compete where the ends of their rows are computed."""
     x, weight = axes.input(node), axes.input(node, 1)
     if len(x) != 2 or len(weight) != 3:
         return axes.unknown(node, "grouped matmul of another rank")
-    weight[0].freeze("experts")
+    axes.contend(weight[0].mark("expert"), "experts")
+    if source(node, 2) in axes.constants:
+        weight[0].freeze("experts")
+    unify(weight[0], axes.operand(node, source(node, 2))[0], node.name)
     unify(x[-1], weight[1], node.name)
     axes.sink(node, 0, -1)
     return [x[0], weight[2]]

@@ -14,7 +14,7 @@ from torch import fx
 from tilecut_passes.axes.axis import Axis, unify
 from tilecut_passes.axes.infer import Axes, NodeTypes, Types, broadcast, freeze_all, freeze_along, fresh
 from tilecut_passes.axes.rules_pieces import between, slice_bounds
-from tilecut_passes.graph import value_of
+from tilecut_passes.graph import source, value_of
 
 aten = torch.ops.aten
 
@@ -59,10 +59,14 @@ def _is_mask(index: fx.Node) -> bool:
 
 def index(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
     """x[.., i, j, ..]: indexed dimensions are replaced by the indices' own."""
-    x, indices = axes.input(node), [i for i in a["indices"] if i is not None]
+    indices = [i for i in a["indices"] if i is not None]
+    x = axes.read_by(node, source(node), indices)
     how = Picked.by(a["indices"])
     for d in how.covered:
-        x[d].freeze(INDEXED)
+        if how.has_mask:
+            x[d].freeze(INDEXED)
+        else:
+            axes.index_by(x[d], a["indices"][d], INDEXED)
     before, after = how.around(x)
     if not how.has_mask:
         return [*before, *broadcast([axes.operand(node, i) for i in indices], node.name), *after]
@@ -92,9 +96,13 @@ def index_put(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
 
 
 def gather(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
-    """The gathered dimension is frozen, the others are the index's."""
-    x, picked = axes.input(node), axes.operand(node, a["index"])
-    _tie_others(x, picked, a["dim"], "it is gathered", node.name)
+    """The gathered dimension is what the index points into, else frozen; the others are the index's."""
+    x, picked = axes.read_by(node, source(node), [a["index"]]), axes.operand(node, a["index"])
+    if not x or not picked:
+        return picked
+    axes.index_by(x[a["dim"]], a["index"], "it is gathered")
+    picked[a["dim"]].freeze("it is gathered")
+    _tie_others(x, picked, a["dim"], None, node.name)
     return picked
 
 
@@ -117,11 +125,17 @@ def take(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
 
 
 def scatter(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
-    """The dimension that is scattered to is frozen; the others are the index's and the source's, where they are as long."""
-    x = axes.operand(node, a["self"])
+    """The dimension that is scattered to is what the index points into, else frozen; the others are all one."""
+    x, d = axes.operand(node, a["self"]), a["dim"]
+    if x and node.target in (aten.scatter.src, aten.scatter.value):
+        axes.index_by(x[d], a["index"], SCATTERED)
+    elif x:
+        x[d].freeze(SCATTERED)
     for name in ("index", "src"):
         if isinstance(a.get(name), fx.Node):
-            _tie_others(x, axes.operand(node, a[name]), a["dim"], SCATTERED, node.name)
+            written = axes.operand(node, a[name])
+            _tie_others(x, written, d, None, node.name)
+            freeze_all(written[d:][:1], SCATTERED)
     return x
 
 

@@ -104,10 +104,10 @@ def mark(types: Types) -> None:
 
 
 def softmax(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
-    """The dimension that sums to one is frozen."""
+    """Units of the dimension that sums to one compete."""
     x = axes.input(node)
     if x:
-        x[a["dim"]].freeze("softmax runs over it")
+        axes.contest(node, a["dim"], "softmax runs over it")
     return x
 
 

@@ -23,7 +23,8 @@ from tilecut_passes.axes.infer import (
     fresh,
     op_name,
 )
-from tilecut_passes.graph import value_of
+from tilecut_passes.axes.selection import Selection
+from tilecut_passes.graph import source, value_of
 
 # Importing it registers tilecut::rotary.
 from tilecut_runtime import rotary as _rotary_op
@@ -36,10 +37,29 @@ NAMED_DIMS = {"fliplr": 1, "flipud": 0, "msort": 0}
 
 
 def along(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
-    """flip, roll, sort, topk, cumsum, ..: the order along the named dimensions matters; without a name, along all."""
+    """flip, roll, sort, cumprod, ..: the order along the named dimensions matters; without a name, along all."""
     name, rank = op_name(node), len(axes.input(node))
     asked = NAMED_DIMS[name] if name in NAMED_DIMS else a["dims"] if "dims" in a else a.get("dim")
     return for_each_result(node, freeze_along(axes, node, dims_of(asked, rank), f"{name} runs over it"))
+
+
+def best(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
+    """topk: units of the dimension compete, and the second result points into it; how many win is frozen."""
+    x, why = axes.input(node), "topk runs over it"
+    if not x or not a["largest"] or not isinstance(a["k"], int):
+        return along(axes, node, a)
+    axes.points[node, 1] = axes.contest(node, a["dim"], why, winners=a["k"])
+    d = a["dim"] % len(x)
+    won = fresh(value_of(node)[0])[d].freeze(why)
+    return for_each_result(node, [*x[:d], won, *x[d + 1 :]])
+
+
+def running_sum(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
+    """cumsum: a unit that is 0 moves no other, and the sum up to it is its own."""
+    x = axes.input(node)
+    if x:
+        axes.contest(node, a["dim"], "cumsum runs over it", fill=0.0)
+    return x
 
 
 def rotate(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
@@ -104,8 +124,16 @@ def diag_embed(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
 
 
 def one_hot(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
-    """A frozen dimension of classes more."""
-    return [*axes.input(node), fresh(value_of(node))[-1].freeze("one_hot")]
+    """A dimension of classes more: what the indices point into, else frozen."""
+    classes = fresh(value_of(node))[-1]
+    axes.index_by(classes, source(node), "one_hot")
+    return [*axes.input(node), classes]
+
+
+def resize_one_hot(axes: Axes, node: fx.Node, selection: Selection) -> None:
+    """The number of classes."""
+    if selection.touches(axes.of[node][-1]):
+        node.args, node.kwargs = (node.args[0], selection.count(axes.of[node][-1])), {}
 
 
 def look_up(axes: Axes, node: fx.Node, a: dict[str, Any]) -> Types:
@@ -158,8 +186,6 @@ RULES = {
             aten.msort.default,
             aten.argsort.default,
             aten.argsort.stable,
-            aten.topk.default,
-            aten.cumsum.default,
             aten.cumprod.default,
             aten.logcumsumexp.default,
             aten.cummax.default,
@@ -167,6 +193,8 @@ RULES = {
         ),
         along,
     ),
+    aten.topk.default: best,
+    aten.cumsum.default: running_sum,
     aten.rot90.default: rotate,
     torch.ops.tilecut.rotary.default: turn_pairs,
     aten.tril.default: triangle,
@@ -195,3 +223,5 @@ RULES = {
     aten.cross.default: cross,
     aten.linalg_cross.default: cross,
 }
+
+RESIZE = {aten.one_hot.default: resize_one_hot}

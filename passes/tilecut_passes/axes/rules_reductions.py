@@ -13,7 +13,16 @@ import torch
 from torch import fx
 
 from tilecut_passes.axes.axis import Axis
-from tilecut_passes.axes.infer import Axes, NodeTypes, Types, broadcast, dims_of, for_each_result, result_is_used
+from tilecut_passes.axes.infer import (
+    Axes,
+    NodeTypes,
+    Types,
+    broadcast,
+    dims_of,
+    for_each_result,
+    op_name,
+    result_is_used,
+)
 
 aten = torch.ops.aten
 
@@ -38,13 +47,27 @@ def statistic(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
 
 def extremum_at(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
     """max and min along a dimension: a statistic, unless somebody reads at which index it is."""
-    if result_is_used(node, 1):
-        axes.input(node)[a["dim"]].freeze("the index of its extremum is read")
-    return statistic(axes, node, a)
+    if not result_is_used(node, 1):
+        return statistic(axes, node, a)
+    x, why = axes.input(node), "the index of its extremum is read"
+    if op_name(node) == "max" and x:
+        axes.points[node, 1] = axes.contest(node, a["dim"], why, winners=1)
+    else:
+        x[a["dim"]].freeze(why)
+    return for_each_result(node, without(x, dims_of(a["dim"], len(x)), a["keepdim"]))
+
+
+def winner(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
+    """argmax along a dimension: its units compete, and the result points into it."""
+    x = axes.input(node)
+    if a["dim"] is None or not x:
+        return position(axes, node, a)
+    axes.points[node, 0] = axes.contest(node, a["dim"], "an index along it is computed", winners=1)
+    return without(x, dims_of(a["dim"], len(x)), a["keepdim"])
 
 
 def position(axes: Axes, node: fx.Node, a: dict[str, Any]) -> NodeTypes:
-    """argmax, median, mode, ..: an index along the dimension comes out, so it is frozen."""
+    """argmin, median, mode, ..: an index along the dimension comes out, so it is frozen."""
     x = axes.input(node)
     dims = dims_of(a.get("dim"), len(x))
     for d in dims:
@@ -114,7 +137,6 @@ STATISTICS = (
     aten.linalg_vector_norm.default,
 )
 POSITIONS = (
-    aten.argmax.default,
     aten.argmin.default,
     aten.median.dim,
     aten.nanmedian.dim,
@@ -129,6 +151,7 @@ RULES = {
     **dict.fromkeys(SUMS, sum_),
     **dict.fromkeys(STATISTICS, statistic),
     **dict.fromkeys(POSITIONS, position),
+    aten.argmax.default: winner,
     **dict.fromkeys(EXTREMA, extremum_at),
     **dict.fromkeys(SIMILARITIES, similarity),
 }

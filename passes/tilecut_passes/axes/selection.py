@@ -17,10 +17,14 @@ PAD = -1
 
 
 class Selection:
-    """Units kept per leaf, and what that means for any axis made of them."""
+    """Units kept per leaf, and what that means for any axis made of them.
 
-    def __init__(self, units: Mapping[Axis, Sequence[int]]):
+    `stand_ins` are units that are read instead of one that went, where a leaf has such a unit (a vocabulary).
+    """
+
+    def __init__(self, units: Mapping[Axis, Sequence[int]], stand_ins: Mapping[Axis, int] | None = None):
         self.units = {leaf: torch.tensor(list(kept), dtype=torch.long) for leaf, kept in units.items()}
+        self.stand_ins = dict(stand_ins or {})
 
     def touches(self, axis: Axis) -> bool:
         """Whether any leaf of the axis changes."""
@@ -52,6 +56,13 @@ class Selection:
             is_pad = (index[:, None] == PAD) | (inner[None] == PAD)
             index = torch.where(is_pad, PAD, index[:, None] * int(factor.size) + inner[None]).flatten()
         return index
+
+    def places(self, axis: Axis) -> Tensor:
+        """The new index of every old one along a static axis; -1 where it went."""
+        index = self.indices(axis)
+        places = torch.full((int(axis.root.size),), -1)
+        places[index[index != PAD]] = (index != PAD).nonzero().flatten()
+        return places
 
     def kept_mask(self, axis: Axis) -> Tensor:
         """Bool over the old indices of a static axis: True where it stays."""
