@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from checks import groups_of, randomise
-from tilecut.config import KINDS
+from tilecut.config import DEFAULT_KINDS
 from tilecut_passes.capture import capture
 from tilecut_passes.graph import Graph
 from tilecut_passes.plan import PrunePlan
@@ -136,7 +136,7 @@ def mixtral_graph() -> Graph:
 
 def half(graph: Graph, *kinds: str) -> PrunePlan:
     """The plan that keeps the first half of every group."""
-    groups = groups_of(graph, *(kinds or KINDS))
+    groups = groups_of(graph, *(kinds or DEFAULT_KINDS))
     return PrunePlan.keep_all(graph, groups).keeping({g.name: range(-(-g.size // 2)) for g in groups})
 
 

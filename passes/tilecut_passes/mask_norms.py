@@ -62,6 +62,8 @@ class _Restrict:
         lost = [d for d in dims if self._loses(types[d])]
         if not lost:
             return
+        if is_call(node, *GROUP_NORMS):
+            resize_group_norm(self.axes, node, self.selection)
         x = node.args[0]
         assert isinstance(x, fx.Node)
         for dim in lost:
@@ -75,9 +77,7 @@ class _Restrict:
                 if self._loses(axis):
                     vector = self._select(vector, place, axis, node)
             set_argument(node, name, vector)
-        if is_call(node, *GROUP_NORMS):
-            resize_group_norm(self.axes, node, self.selection)
-        elif is_call(node, *LAYER_NORMS):
+        if is_call(node, *LAYER_NORMS):
             sizes = [self.selection.count(axis) for axis in types[-len(a["normalized_shape"]) :]]
             set_argument(node, "normalized_shape", sizes)
         for result in self._results(node):
