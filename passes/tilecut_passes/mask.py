@@ -40,7 +40,7 @@ class Mask:
         )
         count = 0
         for i, sink in enumerate(axes.sinks):
-            if not selection.touches(sink.axis) or selection.kept_mask(sink.axis).all():
+            if not selection.loses(sink.axis):
                 continue
             value = sink.source.meta["val"]
             mask = selection.kept_mask(sink.axis).to(value.dtype)

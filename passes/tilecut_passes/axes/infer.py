@@ -23,6 +23,9 @@ from tilecut_passes.graph import Graph, arguments, sizes_of, source, value_of
 
 aten = torch.ops.aten
 
+# Why a dimension that the caller gets is frozen.
+RETURNED = "output of the model"
+
 Types = list[Axis]
 # One list of axes for a tensor, a list of those for an op with several results, None for what is no tensor.
 NodeTypes = Types | list[Types | None] | None
@@ -73,6 +76,10 @@ class Axes:
         """The types of a call's argument `index`."""
         return self.of[source(node, index)]
 
+    def branches_of(self, node: fx.Node) -> list[Axis]:
+        """The residual branches that a node runs in."""
+        return [branch.axis for branch in self.branches if node in branch.nodes]
+
     def sink(self, node: fx.Node, argument: int, dim: int) -> None:
         """Note that `node` contracts dimension `dim` of its argument."""
         types = self.input(node, argument)
@@ -122,7 +129,7 @@ def infer(graph: Graph) -> Axes:
         elif node.op == "output":
             continued = set(graph.states.values())
             for name, result in zip(graph.outputs, graph.results):
-                freeze_interface(axes.of[result], name in continued, "output of the model")
+                freeze_interface(axes.of[result], name in continued, RETURNED)
         else:
             axes.of[node] = _apply(axes, node, value, RULES)
     axes.branches = find_branches(graph, {sink.node for sink in axes.sinks})
