@@ -32,14 +32,13 @@ from demo import counted, minilm_folder
 from language_models import Recipe, read_text, sample, train_with_bar, windows
 from sections import SECTIONS, Encoder, Judge, read_sections
 from tilecut import Artifact, PruneConfig, compile_pruned
-from tilecut.config import DEFAULT_KINDS
+from tilecut.config import DEFAULT_KINDS, KINDS
 from tilecut.describe_machine import machine
 from tilecut_runtime.timing import time_interleaved
 from tilecut_targets.edge.contend import plain_session
 
 RESULTS = Path(__file__).parent / "results" / "kinds.json"
 DENSE, DEFAULT, ALL = "dense", "heads and neurons", "all kinds"
-EVERY_KIND = (*DEFAULT_KINDS, "qk_width", "vo_width", "hidden", "layers")
 LENGTH, JUDGED = 128, 128
 
 
@@ -90,7 +89,7 @@ def compare(name: str, sparsities: Sequence[float], seed: int, rounds: int) -> d
 
         compiled(None)
         for sparsity in sparsities:
-            for way, kinds in ((DEFAULT, DEFAULT_KINDS), (ALL, EVERY_KIND)):
+            for way, kinds in ((DEFAULT, DEFAULT_KINDS), (ALL, KINDS)):
                 config = PruneConfig(sparsity=sparsity, kinds=kinds, at={"sequence": LENGTH}, seed=seed)
                 artifact = compiled(config)
                 report = artifact.report

@@ -179,9 +179,8 @@ def _head_groups(a: Attention, queries_frozen: bool) -> list[tuple[str, int]]:
 
 def _width_groups(a: Attention) -> list[tuple[str, int]]:
     """The part that rotary embedding turns, by its halves or pairs, the rest, and the width of the values."""
-    kind = "qk_width" if a.norm == "none" else "hidden"
     values = [] if a.layout in TIED else [("vo_width", a.value_width)]
-    return [(kind, a.rotated // 2), (kind, a.width - a.rotated), *values]
+    return [("qk_width", a.rotated // 2), ("qk_width", a.width - a.rotated), *values]
 
 
 # The models.

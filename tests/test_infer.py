@@ -105,7 +105,8 @@ class Residual(nn.Module):
 
 def test_the_residual_stream_is_one_hidden_group():
     groups = find_groups(infer(capture(randomise(Residual()), torch.randint(0, 20, (2, 5)))))
-    assert sorted((g.kind, g.size) for g in groups) == [("hidden", 16), ("neurons", 24), ("vocab", 20)]
+    kinds = sorted((g.kind, g.size) for g in groups)
+    assert kinds == [("hidden", 16), ("layers", 1), ("neurons", 24), ("vocab", 20)]
     (hidden,) = [g for g in groups if g.kind == "hidden"]
     assert {m.parameter for m in hidden.members} == {
         "embed.weight", "norm.weight", "norm.bias", "up.weight", "down.weight", "down.bias", "head.weight",

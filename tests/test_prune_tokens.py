@@ -20,7 +20,7 @@ from tilecut_passes.find_token_sites import TokenStream, find_token_sites
 from tilecut_passes.graph import Graph
 from tilecut_passes.mask_tokens import MaskTokens
 from tilecut_passes.prune_tokens import PruneTokens, token_passes
-from tilecut_passes.run_passes import largest_error, run_passes
+from tilecut_passes.run_passes import Pass, largest_error, run_passes
 from tilecut_passes.token_plan import MEAN, OWN, TokenPlan
 from tilecut_runtime.errors import ConfigError, PlanError
 from tilecut_targets.find_target import find_target
@@ -52,10 +52,10 @@ def schedule(stream: TokenStream, *fractions: float, restored: str = MEAN) -> tu
     return tuple(TokenPlan(site.name, f, restored=restored) for site, f in zip(stream.sites, fractions))
 
 
-def after(graph: Graph, one: object) -> Graph:
+def after(graph: Graph, one: Pass) -> Graph:
     """A copy that a pass has rewritten."""
     made = graph.copy()
-    assert run_passes(made, [one])[0].rewrites  # type: ignore[list-item]
+    assert run_passes(made, [one])[0].rewrites
     return made
 
 

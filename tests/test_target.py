@@ -45,7 +45,7 @@ class Odd(Target):
 )
 def test_a_callers_block_is_combined_with_the_targets_by_least_common_multiple(target, block, neurons):
     lattice = target.lattice(block)
-    assert lattice.blocks == {"heads": 1, "kv_groups": 1, "queries": 1, "neurons": neurons}
+    assert lattice.blocks == {"heads": 1, "kv_groups": 1, "queries": 1, "neurons": neurons, "hidden": neurons}
     assert lattice.sizes("neurons", 3 * neurons + 1) == [neurons, 2 * neurons, 3 * neurons, 3 * neurons + 1]
     assert lattice.sizes("heads", 5) == ([1, 2, 4, 5] if target.power_of_two_heads else [1, 2, 3, 4, 5])
 

@@ -21,8 +21,8 @@ from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes, Types, broadcast
 from tilecut_passes.axes.rules_contractions import MATMULS
 from tilecut_passes.axes.rules_convolutions import CONVOLUTIONS, is_transposed
-from tilecut_passes.graph import PACKED_ATTENTION, Graph, Size, arguments, number_of, size_of, value_of
-from tilecut_passes.project_outputs import PREFIX, is_projection
+from tilecut_passes.graph import PACKED_ATTENTION, Graph, Size, arguments, number_of, size_of, source, value_of
+from tilecut_passes.project_outputs import is_projection, is_whole_projection
 
 aten = torch.ops.aten
 
@@ -151,20 +151,26 @@ class ParameterCounter(MacCounter):
         for name, types in axes.tensors.items():
             tensor = axes.graph.tensor(name)
             if in_bytes or tensor.is_floating_point():
-                branches = [branch.axis for branch in axes.branches if nodes[name] in branch.nodes]
+                branches = axes.branches_of(nodes[name])
                 size = [Axis(tensor.element_size())] if in_bytes else []
-                self.terms.append(MacTerm(name, (*types, *branches, *size), name.startswith(PREFIX)))
+                spare = is_whole_projection(name, tensor.shape)
+                self.terms.append(MacTerm(name, (*branches, *types, *size), spare))
 
 
 def mac_terms(axes: Axes) -> list[MacTerm]:
     """Every contraction of the graph."""
     calls = [n for n in axes.graph.nodes if n.op == "call_function" and n.target in TERMS]
-    within = {node: [b.axis for b in axes.branches if node in b.nodes] for node in calls}
+    within = {node: axes.branches_of(node) for node in calls}
     return [
-        MacTerm(node.name, (*sizes, *within[node]), is_projection(node))
+        MacTerm(node.name, (*within[node], *sizes), _is_spare(node))
         for node in calls
         for sizes in TERMS[node.target](axes, node)
     ]
+
+
+def _is_spare(node: fx.Node) -> bool:
+    """Whether a layer brings the hidden width back and nothing of it is gone."""
+    return is_projection(node) and is_whole_projection(str(source(node, 1).target), value_of(source(node, 1)).shape)
 
 
 def _matmul(axes: Axes, node: fx.Node) -> list[Types]:

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from tilecut_passes.axes.axis import Axis
 from tilecut_passes.axes.infer import Axes, elementwise, infer
 from tilecut_passes.axes.rules import RULES
-from tilecut_passes.graph import Graph, Size, arguments, is_call, size_of, sizes_of, symbols_of, value_of
+from tilecut_passes.graph import Graph, Size, ancestors, arguments, is_call, size_of, sizes_of, symbols_of, value_of
 
 aten = torch.ops.aten
 ATTENTION = torch.ops.tilecut.attention.default
@@ -244,14 +244,7 @@ def _exit(
 
 def nodes_between(stream: fx.Node, leaving: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
     """What is computed from `stream` and leads to `leaving`, in order."""
-    wanted = {leaving}
-    todo = [leaving]
-    while todo:
-        for one in todo.pop().all_input_nodes:
-            if one not in wanted:
-                wanted.add(one)
-                todo.append(one)
-    return sorted(descendants(stream) & wanted, key=order.__getitem__)
+    return sorted(descendants(stream) & ancestors([leaving]), key=order.__getitem__)
 
 
 def _reason(

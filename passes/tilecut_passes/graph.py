@@ -263,6 +263,18 @@ def swaps_heads(node: object) -> TypeGuard[fx.Node]:
     return {d % 4 for d in node.args[1:3] if isinstance(d, int)} == {1, 2}
 
 
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, and everything that they are computed from."""
+    seen: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return seen
+
+
 def before_casts(node: Any) -> Any:
     """What a value was before it was cast to other dtypes; the value itself where it was not."""
     while is_call(node, *CASTS):

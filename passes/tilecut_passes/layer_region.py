@@ -24,7 +24,7 @@ from tilecut_passes.axes.axis import Axis
 from tilecut_passes.axes.groups import Group, find_groups
 from tilecut_passes.axes.infer import Axes, infer
 from tilecut_passes.find_attention import Attention, find_attention
-from tilecut_passes.graph import Graph, map_nodes, sizes_of, value_of
+from tilecut_passes.graph import Graph, ancestors, map_nodes, sizes_of, value_of
 from tilecut_passes.plan import PrunePlan
 from tilecut_runtime.errors import VerificationError
 
@@ -129,7 +129,7 @@ def _needed(axes: Axes, inside: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node
     dynamic = _from_inputs(axes.graph)
     matched = [found for n in inside if isinstance(found := find_attention(axes.graph, n), Attention)]
     masks = {mask for found in matched for mask in found.masks}
-    mask_nodes = _ancestors(masks)
+    mask_nodes = ancestors(masks)
 
     def is_input(node: fx.Node) -> bool:
         if node.op == "placeholder":
@@ -158,17 +158,6 @@ def _from_inputs(graph: Graph) -> set[fx.Node]:
         if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += node.all_input_nodes
-    return seen
 
 
 def extract(whole: Graph, inside: set[fx.Node], inputs: set[fx.Node], copied: set[fx.Node]) -> Graph:

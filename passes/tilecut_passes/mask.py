@@ -43,7 +43,7 @@ class Mask:
         count = close_contests(axes, selection)
         count += remap_lookups(axes, selection, masked=True) + widen_outputs(axes, selection, masked=True)
         for i, sink in enumerate(axes.sinks):
-            if not selection.touches(sink.axis) or selection.kept_mask(sink.axis).all():
+            if not selection.loses(sink.axis):
                 continue
             value = sink.source.meta["val"]
             mask = selection.kept_mask(sink.axis).to(value.dtype)

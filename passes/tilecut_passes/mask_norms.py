@@ -49,7 +49,7 @@ class _Restrict:
         dims = arguments(node).get("dim", -1 if len(operands) > 1 else None)
         for argument in operands:
             types = self.axes.input(node, argument)
-            lost = [d for d in dims_of(dims, len(types)) if self._loses(types[d])]
+            lost = [d for d in dims_of(dims, len(types)) if self.selection.loses(types[d])]
             for dim in lost:
                 x = node.args[argument]
                 assert isinstance(x, fx.Node)
@@ -59,9 +59,11 @@ class _Restrict:
     def norm(self, node: fx.Node, dims: Sequence[int]) -> None:
         """A norm sees the units that stay, with their weights; its result has zeros in the place of the others."""
         types, a = self.axes.input(node), arguments(node)
-        lost = [d for d in dims if self._loses(types[d])]
+        lost = [d for d in dims if self.selection.loses(types[d])]
         if not lost:
             return
+        if is_call(node, *GROUP_NORMS):
+            resize_group_norm(self.axes, node, self.selection)
         x = node.args[0]
         assert isinstance(x, fx.Node)
         for dim in lost:
@@ -72,12 +74,10 @@ class _Restrict:
             if vector is None:
                 continue
             for place, axis in enumerate(self.axes.of[vector]):
-                if self._loses(axis):
+                if self.selection.loses(axis):
                     vector = self._select(vector, place, axis, node)
             set_argument(node, name, vector)
-        if is_call(node, *GROUP_NORMS):
-            resize_group_norm(self.axes, node, self.selection)
-        elif is_call(node, *LAYER_NORMS):
+        if is_call(node, *LAYER_NORMS):
             sizes = [self.selection.count(axis) for axis in types[-len(a["normalized_shape"]) :]]
             set_argument(node, "normalized_shape", sizes)
         for result in self._results(node):
@@ -95,9 +95,6 @@ class _Restrict:
         if isinstance(value_of(node), Tensor):
             return [node]
         return [user for user in node.users if user.args[1] == 0]
-
-    def _loses(self, axis: Axis) -> bool:
-        return self.selection.touches(axis) and not bool(self.selection.kept_mask(axis).all())
 
     def _select(self, x: fx.Node, dim: int, axis: Axis, before: fx.Node) -> fx.Node:
         kept = self.selection.kept_mask(axis).nonzero().flatten()

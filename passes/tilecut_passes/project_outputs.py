@@ -10,15 +10,16 @@ Left alone: outputs whose channels are frozen for another reason, or are not the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx, nn
 
-from tilecut_passes.axes.infer import infer
+from tilecut_passes.axes.infer import RETURNED, infer
 from tilecut_passes.graph import Graph, calls_before, is_call, source, value_of
 
 aten = torch.ops.aten
 PREFIX = "tilecut_projection_"
-FROZEN = "output of the model"
 
 
 class ProjectOutputs:
@@ -33,7 +34,7 @@ class ProjectOutputs:
         for name, result in zip(graph.outputs, graph.results):
             types = axes.of[result]
             leaves = types[-1].leaves if types else []
-            stream = bool(leaves) and all("norm" in leaf.roles and leaf.frozen == FROZEN for leaf in leaves)
+            stream = bool(leaves) and all("norm" in leaf.roles and leaf.frozen == RETURNED for leaf in leaves)
             if name in graph.states.values() or result in results or not stream or not types[-1].root.is_static:
                 continue
             weight = nn.Parameter(torch.eye(int(types[-1].root.size), dtype=value_of(result).dtype), requires_grad=False)
@@ -57,7 +58,7 @@ class DropProjections:
         same = []
         for node in _projections(graph):
             weight = graph.tensor(str(source(node, 1).target))
-            if weight.shape[0] == weight.shape[1] and bool((weight == torch.eye(len(weight))).all()):
+            if torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype, device=weight.device)):
                 same.append(node)
         _remove(graph, same)
         return len(same)
@@ -75,6 +76,11 @@ def without_projections(graph: Graph) -> Graph:
 def is_projection(node: fx.Node) -> bool:
     """Whether a call is a layer that `ProjectOutputs` put in."""
     return is_call(node, aten.linear.default) and str(source(node, 1).target).startswith(PREFIX)
+
+
+def is_whole_projection(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is such a layer's weight, and the hidden width is what it was: then it need not be there."""
+    return name.startswith(PREFIX) and shape[0] == shape[1]
 
 
 def _projections(graph: Graph) -> list[fx.Node]:

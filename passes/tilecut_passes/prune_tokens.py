@@ -38,7 +38,14 @@ from tilecut_runtime.errors import PlanError
 
 aten = torch.ops.aten
 
-RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.expand.default)
+# Ops whose arguments name sizes, and what the argument is called.
+RESHAPES: dict[object, str] = {
+    aten.reshape.default: "shape",
+    aten.view.default: "size",
+    aten._unsafe_view.default: "size",
+    aten.expand.default: "size",
+    aten.unflatten.int: "sizes",
+}
 
 
 @dataclass(frozen=True)
@@ -179,9 +186,9 @@ class _Sizes:
 def _rewrite_literals(node: fx.Node, dims: Sequence[int], tokens: int, kept: Count) -> None:
     """Write the number of kept tokens where a static number of all of them was."""
     assert isinstance(kept, int)
-    if not is_call(node, *RESHAPES, aten.unflatten.int):
+    name = RESHAPES.get(node.target)
+    if name is None:
         return
-    name = {aten.expand.default: "size", aten.reshape.default: "shape", aten.unflatten.int: "sizes"}.get(node.target, "size")  # type: ignore[arg-type]
     given = arguments(node)
     first = given["dim"] % value_of(given["self"]).ndim if is_call(node, aten.unflatten.int) else 0
     sizes = list(given[name])

@@ -108,10 +108,10 @@ def search(
         ConfigError: a limit is below the smallest legal model (names the smallest reachable), or groups that must be
             alike share no size.
     """
-    together = joined(sets, alike)
     if not groups:
         _check_fits(limits, [limit.rest for limit in limits])
         return {}
+    together = joined(sets, alike)
     inside = within or {}
     options = [_without_choice_in_removed(_options(names, sizes, alike), sizes, inside) for names in together]
     losses = [[lost(curves, one, inside) for one in offered] for offered in options]

@@ -35,12 +35,12 @@ def check_cut(dense: Graph, pruned: Graph, plan: PrunePlan) -> Rung:
     run_passes(masked, [Mask(plan)])
     detail = "before reconstruction, random inputs at two shapes"
     cut = as_cut(dense, plan)
-    worst = _difference(dense, masked, pruned, cut)
+    worst = largest_difference(dense, masked, pruned, cut)
     if not worst <= CUT_TOLERANCE:
         # Weights far from what training leaves make float32 itself differ by more: then float64 tells.
         detail += f"; in float64, since float32 rounds to {worst:.0e} in this model"
         try:
-            worst = _difference(dense, masked.in_double(), pruned.in_double(), cut, torch.float64)
+            worst = largest_difference(dense, masked.in_double(), pruned.in_double(), cut, torch.float64)
         except RuntimeError as e:
             # A cast inside the model keeps some of it in float32.
             log.debug("cannot compare in float64: %s", e)
@@ -62,16 +62,21 @@ def check_cut(dense: Graph, pruned: Graph, plan: PrunePlan) -> Rung:
     return rung("cut equals masked dense", worst, CUT_TOLERANCE, detail)
 
 
-def _difference(
+def largest_difference(
     dense: Graph,
     masked: Graph,
     pruned: Graph,
-    cut: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]],
+    cut: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
     dtype: torch.dtype | None = None,
+    seed: int = 100,
 ) -> float:
+    """How far two graphs' outputs are apart on random ragged inputs of `dense`, in `dtype`, at the shapes of the check.
+
+    `cut` makes inputs and outputs of the masked graph those of the pruned one.
+    """
     worst = 0.0
     for i, (batch, length) in enumerate(CUT_SHAPES):
-        inputs = make_inputs(dense, batch, length, seed=100 + i)
+        inputs = make_inputs(dense, batch, length, seed=seed + i)
         inputs = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in inputs.items()}
         worst = max(worst, largest_error(cut(masked.run(inputs)), pruned.run(cut(inputs))))
     return worst

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 
 import torch
 
-from tilecut.check_cut import CUT_SHAPES, CUT_TOLERANCE
-from tilecut.make_cases import make_inputs
+from tilecut.check_cut import CUT_TOLERANCE, largest_difference
 from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.graph import Graph
 from tilecut_passes.mask_tokens import MaskTokens
-from tilecut_passes.run_passes import largest_error, run_passes
+from tilecut_passes.run_passes import run_passes
 from tilecut_passes.token_plan import TokenPlan
 from tilecut_runtime.errors import VerificationError
 from tilecut_runtime.manifest import Rung
 from tilecut_targets.target import rung
+
+# Of the random inputs: others than those of the cut.
+SEED = 200
 
 
 def check_token_cut(whole: Graph, cut: Graph, tokens: Sequence[TokenPlan]) -> Rung:
@@ -27,11 +29,11 @@ def check_token_cut(whole: Graph, cut: Graph, tokens: Sequence[TokenPlan]) -> Ru
     masked = whole.copy()
     run_passes(masked, [FuseAttention(), MaskTokens(tuple(tokens))])
     detail = "at full length with removed tokens hidden, random ragged inputs at two shapes"
-    worst = _difference(whole, masked, cut)
+    worst = largest_difference(whole, masked, cut, seed=SEED)
     if not worst <= CUT_TOLERANCE:
         # Rounding may swap two tokens that are looked at almost alike.
         detail += f"; in float64, since float32 differs by {worst:.0e} in this model"
-        worst = _difference(whole, masked.in_double(), cut.in_double(), torch.float64)
+        worst = largest_difference(whole, masked.in_double(), cut.in_double(), dtype=torch.float64, seed=SEED)
     if not worst <= CUT_TOLERANCE:
         raise VerificationError(
             "tokens",
@@ -41,12 +43,3 @@ def check_token_cut(whole: Graph, cut: Graph, tokens: Sequence[TokenPlan]) -> Ru
             fix="please report the model: it mixes tokens in a way that is not seen",
         )
     return rung("tokens: cut equals masked", worst, CUT_TOLERANCE, detail)
-
-
-def _difference(whole: Graph, masked: Graph, cut: Graph, dtype: torch.dtype | None = None) -> float:
-    worst = 0.0
-    for i, (batch, length) in enumerate(CUT_SHAPES):
-        inputs = make_inputs(whole, batch, length, seed=200 + i)
-        inputs = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in inputs.items()}
-        worst = max(worst, largest_error(masked.run(inputs), cut.run(inputs)))
-    return worst

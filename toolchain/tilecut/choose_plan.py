@@ -22,7 +22,7 @@ from tilecut_passes.count_token_macs import TokenMacCounter
 from tilecut_passes.enforce_head_width import EnforceHeadWidth
 from tilecut_passes.graph import Graph
 from tilecut_passes.legal_sizes import Constraints, alike, legal_sizes
-from tilecut_passes.plan import PrunePlan
+from tilecut_passes.plan import GroupPlan, PrunePlan
 from tilecut_passes.rearrange_masks import rearrange_masks
 from tilecut_passes.score import Ranking
 from tilecut_passes.search import Lattice, Limit, lost
@@ -56,11 +56,15 @@ class Choice:
     block: int | None = None
     pruned: MacCounter | None = None
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Units of every counted group after cutting and padding."""
+        return {g.name: g.count for g in self.plan.groups if g.name in self.counter.leaf_of}
+
     def macs(self) -> dict[str, int]:
         """MACs of the whole model and of its prunable part, dense and pruned (padding is counted)."""
-        counts = {g.name: g.count for g in self.plan.groups if g.name in self.counter.leaf_of}
-        names = [g.name for g in self.plan.groups if g.name in self.counter.leaf_of and g.kind in self.prunable]
-        after = self.pruned or self.counter
+        counts, after = self.counts, self.pruned or self.counter
+        names = [g.name for g in self.plan.groups if g.name in counts and g.kind in self.prunable]
         return {
             "dense": self.counter.total(),
             "pruned": after.total(counts),
@@ -70,24 +74,24 @@ class Choice:
 
     def by_kind(self) -> dict[str, dict[str, int]]:
         """What each kind gave: units before and after, and the MACs that go when it alone is cut as the plan says."""
-        whole = {g.name: g.size for g in self.plan.groups}
-        out = {}
-        for kind in dict.fromkeys(g.kind for g in self.plan.groups):
-            own = [g for g in self.plan.groups if g.kind == kind]
-            alone = {**whole, **{g.name: g.count for g in own}}
-            out[kind] = {
+        counts, dense = self.counts, self.counter.total()
+        kinds: dict[str, list[GroupPlan]] = {}
+        for group in self.plan.groups:
+            kinds.setdefault(group.kind, []).append(group)
+        return {
+            kind: {
                 "units": sum(g.size for g in own),
                 "kept": sum(len(g.kept) for g in own),
-                "macs": self.counter.total() - self.counter.total({n: k for n, k in alone.items() if n in self.counter.leaf_of}),
+                "macs": dense - self.counter.total({g.name: counts[g.name] for g in own if g.name in counts}),
             }
-        return out
+            for kind, own in kinds.items()
+        }
 
     def tokens(self) -> list[dict[str, Any]]:
         """The plan's entries with numbers of tokens, and what the pruned model's MACs would be were they all there."""
         if not isinstance(self.pruned, TokenMacCounter):
             return []
-        counts = {g.name: g.count for g in self.plan.groups if g.name in self.counter.leaf_of}
-        size, whole = self.pruned.tokens, self.counter.total(counts)
+        size, whole = self.pruned.tokens, self.counter.total(self.counts)
         return [{**one.as_json(), "of": size, "kept": one.count(size), "macs_with_all": whole} for one in self.plan.tokens]
 
 

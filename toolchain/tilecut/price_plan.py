@@ -76,10 +76,6 @@ class Prices:
         """Emitted sizes of the named groups, and of those that are not chosen for."""
         return {**self.always, **{name: self.emitted(name, n) for name, n in sizes.items()}}
 
-    def whole(self, names: Sequence[str]) -> dict[str, int]:
-        """The dense sizes."""
-        return {name: self.groups[name].size for name in names}
-
     def macs(self, of: Sequence[str], sizes: Mapping[str, int]) -> float:
         """MACs of the contractions that the named groups take part in."""
         return self.pruned.of_groups(of, self.counts({name: sizes[name] for name in of}))
@@ -112,13 +108,13 @@ def limits_of(prices: Prices, config: PruneConfig) -> list[Limit]:
         ConfigError: a budget that this model or target has no measure of.
     """
     every, inner = list(prices.groups), prices.inner
-    whole = prices.whole(inner)
-    counter, hidden = prices.counter, prices.hidden
+    whole = {name: prices.groups[name].size for name in inner}
+    counter = prices.counter
     limits = []
     # At 0 nothing has to go, not even what padding adds.
     if config.cut_fraction:
         budget = math.floor((1 - config.cut_fraction) * counter.of_groups(every))
-        rest = prices.pruned.of_groups(every, prices.counts(whole)) - prices.macs(inner, whole) if hidden else 0.0
+        rest = prices.pruned.of_groups(every, prices.counts(whole)) - prices.macs(inner, whole)
         limits.append(Limit("prunable MACs", budget, prices.macs, rest=rest))
     if config.max_macs is not None:
         rest = prices.pruned.total(prices.always) - prices.pruned.of_groups(inner, prices.always)

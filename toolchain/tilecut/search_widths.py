@@ -38,14 +38,14 @@ def search_widths(
     inner = [prices.groups[name] for name in prices.inner]
     names = [group.name for group in inner]
     sets = prices.sets(config)
-    own = [[n for n in one if n in set(names)] for one in alike]
+    own = [one for one in alike if set(one) <= set(names)]
     best: dict[str, int] | None = None
     least = float("inf")
     why: ConfigError | None = None
     for widths in _hidden_widths(prices, sizes, alike):
         try:
-            tried = prices.at_hidden(widths) if widths else prices
-            found = search(inner, sets, curves, sizes, limits_of(tried, config), [n for n in own if n], prices.within)
+            limits = limits_of(prices.at_hidden(widths), config)
+            found = search(inner, sets, curves, sizes, limits, own, prices.within)
         except ConfigError as e:
             # The smallest width comes last: its refusal names the smallest model.
             why = e
@@ -63,7 +63,7 @@ def search_widths(
 def latency_of(prices: Prices, sizes: Mapping[str, int]) -> float:
     """Predicted milliseconds of a whole model."""
     widths = {name: n for name, n in sizes.items() if prices.groups[name].kind == "hidden"}
-    tried = prices.at_hidden(widths) if any(n < prices.groups[name].size for name, n in widths.items()) else prices
+    tried = prices.at_hidden(widths)
     sets = prices.counter.groups_together(prices.inner)
     return tried.rest_milliseconds() + sum(tried.milliseconds(names, sizes) for names in sets)
 

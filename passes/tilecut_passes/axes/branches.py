@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from tilecut_passes.axes.axis import Axis
-from tilecut_passes.graph import Graph, is_call, sizes_of, value_of
+from tilecut_passes.graph import Graph, is_call, sizes_of, source, value_of
 
 aten = torch.ops.aten
 
@@ -38,14 +38,11 @@ def find_branches(graph: Graph, contractions: set[fx.Node]) -> list[Branch]:
     for node in order:
         if not is_sum(node):
             continue
-        first, second = (x for x in node.all_input_nodes)
-        argument = 1 if order[second] > order[first] else 0
-        stream, late = (first, second) if argument == 1 else (second, first)
-        if node.args[argument] is not late:
-            argument = 1 - argument
+        # What is computed later may be a branch of the other.
+        argument = int(order[source(node, 1)] > order[source(node)])
+        stream = source(node, 1 - argument)
         for sum_node, where in _summands(node, argument, order):
-            branch = sum_node.args[where]
-            assert isinstance(branch, fx.Node)
+            branch = source(sum_node, where)
             if set(branch.users) != {sum_node} or not any(_depends(branch, x, order) for x in _stream(stream)):
                 continue
             nodes = _alone(graph, branch, sum_node)
@@ -60,9 +57,7 @@ def remove_branches(graph: Graph, removed: list[Branch]) -> None:
     for node in list(graph.nodes):
         lost = [i for i in (0, 1) if (node, i) in gone]
         if len(lost) == 1:
-            stream = node.args[1 - lost[0]]
-            assert isinstance(stream, fx.Node)
-            node.replace_all_uses_with(stream)
+            node.replace_all_uses_with(source(node, 1 - lost[0]))
         elif lost:
             # Both summands of a branch: the branch is.
             gone |= {(user, user.args.index(node)) for user in node.users}
@@ -81,8 +76,7 @@ def is_sum(node: fx.Node) -> bool:
 
 def _summands(node: fx.Node, argument: int, order: Mapping[fx.Node, int]) -> Iterator[tuple[fx.Node, int]]:
     """The operand of a sum, or where it is a sum of two that do not depend on one another, both of its own."""
-    operand = node.args[argument]
-    assert isinstance(operand, fx.Node)
+    operand = source(node, argument)
     if is_sum(operand) and set(operand.users) == {node}:
         a, b = operand.all_input_nodes
         early, late = (a, b) if order[a] < order[b] else (b, a)

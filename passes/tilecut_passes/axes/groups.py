@@ -92,8 +92,8 @@ def find_groups(axes: Axes) -> list[Group]:
                 members.setdefault(leaf, []).extend(Member(name, dim, *where) for where in occurrences(axis, leaf))
                 dims.setdefault(leaf, []).append(axis)
     for branch in axes.branches:
-        names = [str(n.target) for n in branch.nodes if n.op == "get_attr"]
-        shapes = {name: axes.graph.tensor(name).shape for name in axes.tensors if name in names}
+        owned = {str(n.target) for n in branch.nodes if n.op == "get_attr"}
+        shapes = {name: axes.graph.tensor(name).shape for name in axes.tensors if name in owned}
         members[branch.axis] = [Member(name, 0, 0, (1, shape[0]), 0) for name, shape in shapes.items() if shape]
     gates: dict[Axis, list[Sink]] = {}
     for sink in axes.sinks:
@@ -107,17 +107,15 @@ def find_groups(axes: Axes) -> list[Group]:
         first[leaf] = min(first.get(leaf, order[node]), order[node])
     parameters, branches = _parameters(axes), {branch.axis for branch in axes.branches}
     for leaf in sorted((x for x in members if x in first), key=lambda x: first[x]):
-        is_branch = leaf in branches
-        if leaf.frozen or not isinstance(leaf.size, int) or (leaf.size < 2 and not is_branch):
+        if leaf.frozen or not isinstance(leaf.size, int):
             continue
-        held = [m.parameter for m in members[leaf] if m.parameter in parameters]
-        if not held and not is_branch:
+        names = [m.parameter for m in members[leaf]]
+        if leaf in branches:
+            kind, owner = "layers", _owner_of_branch(axes, names, gates[leaf][0])
+        elif leaf.size < 2 or parameters.isdisjoint(names):
             continue
-        kind = "layers" if is_branch else _kind(leaf, dims[leaf])
-        if is_branch:
-            # The norms before a branch are its own, but it is called after its matrices; one of shared weights has none.
-            held = [name for name in held if axes.graph.tensor(name).ndim > 1] or held
-        owner = _owner([m.parameter for m in members[leaf]] if not is_branch else held or [f"{gates[leaf][0].node.name}."])
+        else:
+            kind, owner = _kind(leaf, dims[leaf]), _owner(names)
         name = f"{owner}:{kind}"
         taken[name] = taken.get(name, 0) + 1
         unique = name if taken[name] == 1 else f"{name}#{taken[name]}"
@@ -176,6 +174,12 @@ def _owner(parameters: list[str]) -> str:
     # zip ends with the shortest path; a column that differs ends the prefix.
     shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*paths))
     return ".".join(column[0] for column in shared) or ".".join(paths[0]) or "model"
+
+
+def _owner_of_branch(axes: Axes, names: list[str], gate: Sink) -> str:
+    """The module of a branch's matrices, since its norms may lie outside; its sum's name where others share them all."""
+    held = [name for name in names if axes.graph.tensor(name).is_floating_point()]
+    return _owner([name for name in held if axes.graph.tensor(name).ndim > 1] or held) if held else gate.node.name
 
 
 def _kind(leaf: Axis, dims: list[Axis]) -> str:

@@ -24,6 +24,9 @@ from tilecut_passes.graph import Graph, arguments, sizes_of, source, value_of
 
 aten = torch.ops.aten
 
+# Why a dimension that the caller gets is frozen.
+RETURNED = "output of the model"
+
 Types = list[Axis]
 # One list of axes for a tensor, a list of those for an op with several results, None for what is no tensor.
 NodeTypes = Types | list[Types | None] | None
@@ -97,6 +100,10 @@ class Axes:
     def input(self, node: fx.Node, index: int = 0) -> Types:
         """The types of a call's argument `index`."""
         return self.of[source(node, index)]
+
+    def branches_of(self, node: fx.Node) -> list[Axis]:
+        """The residual branches that a node runs in."""
+        return [branch.axis for branch in self.branches if node in branch.nodes]
 
     def sink(self, node: fx.Node, argument: int, dim: int) -> None:
         """Note that `node` contracts dimension `dim` of its argument."""
@@ -177,7 +184,7 @@ def infer(graph: Graph) -> Axes:
             for name, result in zip(graph.outputs, graph.results):
                 if (result, 0) in axes.points:
                     axes.points[result, 0].freeze("indices into it are an output of the model")
-                freeze_interface(return_rows(axes, name, result), name in continued, "output of the model")
+                freeze_interface(return_rows(axes, name, result), name in continued, RETURNED)
         else:
             axes.of[node] = _apply(axes, node, value, RULES)
             follow_indices(axes, node)

@@ -30,6 +30,10 @@ class Selection:
         """Whether any leaf of the axis changes."""
         return any(leaf in self.units for leaf in axis.leaves)
 
+    def loses(self, axis: Axis) -> bool:
+        """Whether any unit of a static axis goes; one that is only reordered or padded loses none."""
+        return self.touches(axis) and not bool(self.kept_mask(axis).all())
+
     def count(self, axis: Axis) -> int:
         """How many indices a static axis has afterwards."""
         axis = axis.root
