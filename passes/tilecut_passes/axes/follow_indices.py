@@ -48,7 +48,7 @@ CARRIES = (
     aten.sort.stable,
 )
 # Rules that know what an index points into, by the name of the argument that is one.
-READS = {
+READS: dict[object, str] = {
     aten.index.Tensor: "indices",
     aten.gather.default: "index",
     aten.scatter.value: "index",
