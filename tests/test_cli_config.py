@@ -45,6 +45,7 @@ EVERY_FIELD = [
     (("--batch", 2, "--threads", 4), {"at": {"batch": 2, "threads": 4}}),
     (("--sequence", 64), {"at": {"sequence": 64}}),
     (("--kinds", "heads, neurons"), {"kinds": ("heads", "neurons")}),
+    (("--kinds", "vocab", "--vocabulary", "a.txt"), {"kinds": ("vocab",), "vocabulary": "a.txt"}),
     (("--block", 32), {"block": 32}),
     (("--adapt-block", 0.1), {"adapt_block": 0.1, "block": None}),
     (("--power-of-two-heads",), {"power_of_two_heads": True}),

@@ -1,125 +1,189 @@
-"""Experts go with their rows of the router: masked equals cut, and what is left is routed as it was among what is left."""
+"""Experts: masked equals cut, the routing that is left, how they are ranked, and wishes that cannot be had."""
 
 from __future__ import annotations
 
+import functools
+import random
+
 import pytest
 import torch
-import transformers
+import torch.nn.functional as F
 
-from checks import randomise
-from test_models import made, outputs
+from checks import groups_of, randomise, run_onnx
+from moe_models import EXPERTS
 from tilecut import PruneConfig, compile_pruned
-from tilecut_passes.axes.groups import find_groups
-from tilecut_passes.axes.infer import infer
-from tilecut_passes.calibration import Batch
+from tilecut.make_cases import make_inputs
+from tilecut_passes.calibration import check_batches
 from tilecut_passes.capture import capture
-from tilecut_passes.mask import Mask
+from tilecut_passes.mask import Mask, gate
 from tilecut_passes.plan import PrunePlan
 from tilecut_passes.prune import Prune
 from tilecut_passes.run_passes import largest_error, run_passes
 from tilecut_passes.score import score
 from tilecut_runtime.errors import ConfigError, PlanError
 
-TEXT = {
-    "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0, "num_experts_per_tok": 2,
-}  # fmt: skip
+SHAPES = ((2, 9), (3, 13))
 
 
-def mixtral(experts: int = 4) -> transformers.MixtralForCausalLM:
-    return randomise(transformers.MixtralForCausalLM(transformers.MixtralConfig(**TEXT, num_local_experts=experts)))
+@functools.lru_cache(maxsize=2)
+def made(name):
+    model = randomise(EXPERTS[name]())
+    return model, capture(model)
 
 
-MODELS = {
-    "mixtral": mixtral,
-    "qwen2_moe": lambda: made("qwen2_moe")[0],
-    "olmoe": lambda: randomise(transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**TEXT, num_experts=6))),
-    "qwen3_moe": lambda: randomise(
-        transformers.Qwen3MoeForCausalLM(
-            transformers.Qwen3MoeConfig(**TEXT, num_experts=6, moe_intermediate_size=24, head_dim=8, decoder_sparse_step=1)
-        )
-    ),
-}
+def plan_of(graph, seed):
+    """A random part of every layer's experts, in a random order."""
+    rng = random.Random(seed)
+    groups = groups_of(graph, "experts")
+    kept = {g.name: rng.sample(range(g.size), rng.randint(g.least, max(g.size - 1, g.least))) for g in groups}
+    return PrunePlan.keep_all(graph, groups).keeping(kept)
 
 
-def experts_of(graph):
-    return [g for g in find_groups(infer(graph)) if g.kind == "experts"]
+def after(graph, one):
+    changed = graph.copy()
+    run_passes(changed, [one])
+    return changed
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_masked_is_cut(name):
-    graph = capture(MODELS[name]())
-    groups = experts_of(graph)
-    assert len(groups) == 2
-    plan = PrunePlan.keep_all(graph, groups).keeping({g.name: [1, *range(3, g.size)] for g in groups})
-    want = outputs(graph, Mask(plan))
-    for a, b, dense in zip(want, outputs(graph, Prune(plan)), outputs(graph, Mask(PrunePlan.keep_all(graph, []))), strict=True):
-        assert largest_error(a, b) <= 1e-5
-        assert largest_error(a, dense) > 1e-3
+def batches(seeds=range(6)):
+    out = []
+    for seed in seeds:
+        ids = torch.randint(0, 99, (4, 12), generator=torch.Generator().manual_seed(seed))
+        mask = torch.ones_like(ids)
+        mask[1, 7:] = mask[3, 5:] = 0
+        out.append({"input_ids": ids, "attention_mask": mask})
+    return out
 
 
-def test_what_is_left_is_routed_as_among_what_is_left():
-    model = mixtral()
-    graph = capture(model)
-    groups = experts_of(graph)
-    kept = [0, 3]
+@pytest.mark.parametrize("name", EXPERTS)
+def test_masked_equals_cut(name):
+    _, graph = made(name)
+    assert len(groups_of(graph, "experts")) >= 2
+    moved = 0.0
+    for seed in range(3):
+        plan = plan_of(graph, seed)
+        masked, cut = after(graph, Mask(plan)), after(graph, Prune(plan))
+        for shape in SHAPES:
+            inputs = make_inputs(graph, *shape, seed=seed)
+            want = masked.run(inputs)
+            assert largest_error(want, cut.run(inputs)) <= 1e-5
+            moved = max(moved, largest_error(want, graph.run(inputs)))
+    assert moved > 1e-3
+
+
+def test_what_is_left_is_routed_as_the_dense_router_ranks_it():
+    """Layer 0 of a Mixtral with half its experts: the best two of the remaining logits, weights their softmax."""
+    model, graph = made("mixtral")
+    groups = groups_of(graph, "experts")
+    kept = [1, 3]
     plan = PrunePlan.keep_all(graph, groups).keeping({g.name: kept for g in groups})
-    cut = graph.copy()
-    run_passes(cut, [Prune(plan)])
-    # The same by hand: a Mixtral of two experts with the rows and matrices that stay.
-    small = transformers.MixtralForCausalLM(transformers.MixtralConfig(**TEXT, num_local_experts=2))
-    held = model.state_dict()
-    own = {
-        name: held[name][kept] if held[name].shape != tensor.shape else held[name]
-        for name, tensor in small.state_dict().items()
-    }
-    small.load_state_dict(own)
-    # The rotary table was given other numbers too, and is no part of a state_dict.
-    for buffer, other in zip(small.buffers(), model.buffers(), strict=True):
-        buffer.copy_(other)
-    ids = torch.randint(0, 99, (3, 11), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
+    cut = after(graph, Prune(plan))
+    assert cut.tensor("model.layers.0.mlp.experts.down_proj").shape[0] == 2
+    for layer in range(2):
+        for part in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+            name = f"model.layers.{layer}.mlp.{part}"
+            assert torch.equal(cut.tensor(name), graph.tensor(name)[kept])
+    seen = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda _, args, out: seen.append((args[0], out))) for layer in model.model.layers
+    ]
+    gates = [
+        layer.mlp.gate.register_forward_hook(lambda mod, args, out: _route(mod, args[0], kept))
+        for layer in model.model.layers
+    ]
+    inputs = make_inputs(graph, 2, 9, seed=0, ragged=False)
     with torch.no_grad():
-        want = small.eval()(input_ids=ids, attention_mask=mask).logits
-    got = cut.run({"input_ids": ids, "attention_mask": mask})["logits"]
-    assert largest_error({"logits": want}, {"logits": got}) <= 1e-5
+        want = model(**inputs).logits
+    for hook in hooks + gates:
+        hook.remove()
+    assert len(seen) == 2
+    assert largest_error({"logits": want}, {"logits": cut.run(inputs)["logits"]}) <= 1e-5
 
 
-@pytest.mark.parametrize("importance", ["reap", "fisher", "magnitude"])
-def test_importances_rank_experts(importance):
-    graph = capture(mixtral())
-    groups = experts_of(graph)
-    ids = torch.randint(1, 99, (4, 16), generator=torch.Generator().manual_seed(0))
-    rankings = score(importance, graph, groups, [Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)})])
-    for g in groups:
-        assert sorted(rankings[g.name].order) == list(range(g.size))
+def _route(gate, rows, kept):
+    """What Mixtral's router returns, with only `kept` experts to choose from: logits, weights, choices."""
+    logits = F.linear(rows.reshape(-1, rows.shape[-1]), gate.weight)
+    best, which = logits[:, kept].softmax(-1).topk(2, -1)
+    return logits, best / best.sum(-1, keepdim=True), torch.tensor(kept)[which]
 
 
-@pytest.mark.parametrize("method", ["reap", "table", "magnitude"])
-def test_an_artifact_with_half_of_the_experts(method, tmp_path):
-    model = mixtral()
-    ids = torch.randint(1, 99, (16, 24), generator=torch.Generator().manual_seed(0))
-    calibration = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids.split(4)]
-    config = PruneConfig(kinds=("experts",), max_units={"experts": 2}, sparsity=0.0, method=method, cache="")
-    report = compile_pruned(model, "edge", None, calibration, config, tmp_path / "out", measure=False).report
-    assert [g["kept"] for g in report["groups"] if g["kind"] == "experts"] == [2, 2]
-    rungs = {r["name"]: r["status"] for r in report["verification"]}
-    assert rungs["artifact equals pruned model"] == rungs["cut equals masked dense"] == "passed"
+def test_reap_is_the_mean_norm_of_weight_times_output_over_routed_tokens():
+    model, graph = made("mixtral")
+    given = batches(range(3))
+    groups = groups_of(graph, "experts")
+    found = score("reap", graph, groups, check_batches(graph, given))
+    for layer, group in zip(model.model.layers, groups):
+        experts, calls = layer.mlp.experts, []
+        hook = experts.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args))
+        sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4)
+        with torch.no_grad():
+            for batch in given:
+                model(**batch)
+                rows, choices, weights = calls.pop()
+                for t in (batch["attention_mask"].flatten() != 0).nonzero().flatten():
+                    for e, w in zip(choices[t].tolist(), weights[t]):
+                        gate, up = (rows[t] @ experts.gate_up_proj[e].T).chunk(2)
+                        sums[e] += (w * ((F.silu(gate) * up) @ experts.down_proj[e].T)).double().norm()
+                        counts[e] += 1
+        hook.remove()
+        wanted = sums / counts.clamp_min(1)
+        assert found[group.name].order == tuple(wanted.argsort().tolist())
+        losses = torch.tensor(found[group.name].losses, dtype=torch.float64)
+        lost = (losses[:-1] - losses[1:]).flip(0)
+        assert torch.allclose(lost / lost.sum(), wanted.sort().values / wanted.sum(), rtol=1e-4)
 
 
-def test_fewer_experts_than_top_k():
-    with pytest.raises(ConfigError, match="fewer experts than each position is given"):
-        config = PruneConfig(kinds=("experts",), max_units={"experts": 1}, method="magnitude")
-        compile_pruned(mixtral(), config=config, output="never", measure=False)
-    graph = capture(mixtral())
-    plan = PrunePlan.keep_all(graph, experts_of(graph)).keeping({g.name: [0] for g in experts_of(graph)})
-    with pytest.raises(PlanError, match="fewer experts than each position is given"):
-        Prune(plan)(graph)
+def test_a_gate_scales_what_an_expert_adds():
+    """A gate at 0.5 is the expert's last matrix halved; so is its gradient, which Fisher squares."""
+    _, graph = made("mixtral")
+    group = groups_of(graph, "experts")[1]
+    gated = gate(graph, [group.name])
+    halved = graph.copy()
+    name = next(m.parameter for m in group.members if m.parameter.endswith("down_proj"))
+    held = graph.tensor(name).detach().clone()
+    held[2] *= 0.5
+    halved.set_tensor(name, torch.nn.Parameter(held))
+    halved.clean()
+    inputs = make_inputs(graph, 3, 9, seed=2)
+    vectors = gated.open_gates()
+    vectors[group.name] = torch.tensor([1.0, 1.0, 0.5, 1.0])
+    with torch.no_grad():
+        assert largest_error(halved.run(inputs), gated.run(inputs, vectors)) <= 1e-5
+    found = score("fisher", graph, [group], check_batches(graph, batches(range(2))))[group.name]
+    assert all(more > less for more, less in zip(found.losses, found.losses[1:]))
 
 
-def test_parameters_drive_experts(tmp_path):
-    model = mixtral(8)
-    budget = int(0.7 * sum(p.numel() for p in model.parameters()))
-    config = PruneConfig(kinds=("experts", "neurons"), max_params=budget, method="magnitude")
-    report = compile_pruned(model, "edge", config=config, output=tmp_path / "out", measure=False).report
-    assert report["parameters"]["pruned"] <= budget
+@pytest.mark.parametrize("method", ["reap", "fisher", "table"])
+def test_compiles_with_half_the_experts(method, tmp_path):
+    model, dense = made("mixtral")
+    config = PruneConfig(kinds=("experts",), sparsity=0.5, method=method, at={"sequence": 16}, cache="")
+    artifact = compile_pruned(model, "edge", None, batches(range(10)), config, tmp_path / "out", measure=False)
+    assert [len(g.kept) for g in artifact.plan.groups if g.kind == "experts"] == [2, 2]
+    rungs = {r.name: r.status for r in artifact.manifest.verification}
+    assert rungs["cut equals masked dense"] == rungs["artifact equals pruned model"] == "passed"
+    inputs = make_inputs(dense, 3, 7, seed=4)
+    with torch.no_grad():
+        want = artifact.module()(**inputs)
+    got = run_onnx(artifact.path / "model.onnx", inputs)
+    real = inputs["attention_mask"] != 0
+    assert torch.allclose(got["logits"][real], want["logits"][real], atol=1e-4, rtol=1e-4)
+
+
+def test_a_budget_of_parameters_counts_experts_and_their_neurons_together(tmp_path):
+    model, _ = made("mixtral")
+    config = PruneConfig(
+        kinds=("experts", "neurons"), max_params=33_000, method="table", at={"sequence": 16}, cache=""
+    )
+    artifact = compile_pruned(model, "edge", None, batches(range(10)), config, tmp_path / "out", measure=False)
+    assert artifact.report["parameters"]["pruned"] <= 33_000
+
+
+def test_fewer_experts_than_each_token_is_given_are_refused():
+    model, graph = made("mixtral")
+    config = PruneConfig(kinds=("experts",), sparsity=0.5, max_units={"experts": 1})
+    with pytest.raises(ConfigError, match=r"fewer experts than each position is given; got 1; wanted at least 2"):
+        compile_pruned(model, "edge", None, batches(), config, measure=False)
+    groups = groups_of(graph, "experts")
+    plan = PrunePlan.keep_all(graph, groups).keeping({groups[0].name: [2]})
+    with pytest.raises(PlanError, match=r"keeps fewer experts than each position is given; got 1; wanted at least 2"):
+        after(graph, Prune(plan))

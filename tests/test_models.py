@@ -39,7 +39,7 @@ def uneven_plan(graph: Graph, seed: int) -> PrunePlan:
     """A plan that cuts every group that it can, by another number of units in each."""
     rng = random.Random(seed)
     groups = [g for g in find_groups(infer(graph)) if g.kind in groups_by_kind(graph)]
-    kept = {g.name: sorted(rng.sample(range(g.size), rng.randint(1, max(g.size - 1, 1)))) for g in groups}
+    kept = {g.name: sorted(rng.sample(range(g.size), rng.randint(g.least, max(g.size - 1, g.least)))) for g in groups}
     return PrunePlan.keep_all(graph, groups).keeping(kept)
 
 

@@ -1,118 +1,171 @@
-"""Words that a corpus does not have go from the table and the head; ids and logits keep their numbers."""
+"""Vocabulary: masked equals cut, what the kept words still give, the words of a corpus, and wishes that cannot be had."""
 
 from __future__ import annotations
 
+import functools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import transformers
+import transformers as hf
 
-from checks import randomise
-from test_models import made, outputs
+from checks import groups_of, randomise, run_onnx
+from moe_models import WORDS
 from tilecut import PruneConfig, compile_pruned, load
-from tilecut_passes.axes.groups import Group, find_groups
-from tilecut_passes.axes.infer import infer
+from tilecut.make_cases import make_inputs
 from tilecut_passes.capture import capture
-from tilecut_passes.graph import Graph
 from tilecut_passes.mask import Mask
 from tilecut_passes.plan import PrunePlan
 from tilecut_passes.prune import Prune
-from tilecut_passes.run_passes import largest_error
-from tilecut_runtime.errors import ConfigError
-from tiny_tokenizer import SIZE, UNK, byte_tokenizer
+from tilecut_passes.remap_ids import LEAST
+from tilecut_passes.run_passes import largest_error, run_passes
+from tilecut_runtime.errors import ConfigError, PlanError
+from tiny_tokenizer import CLS, SIZE, UNK, byte_tokenizer, ids_of, saved_with_tokenizer
+from zoo import GQA
 
-TEXTS = ("a font for Tifinagh", "the quick brown fox", "tools for pruned transformers")
+SHAPES = ((2, 9), (3, 13))
 
 
-def bert_mlm():
-    config = transformers.BertConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=64,
+@functools.lru_cache(maxsize=2)
+def made(name):
+    model = randomise(WORDS[name]())
+    return model, capture(model)
+
+
+def plan_of(graph, kept, unknown=None):
+    groups = groups_of(graph, "vocab")
+    plan = PrunePlan.keep_all(graph, groups).keeping({g.name: kept for g in groups})
+    return replace(plan, groups=tuple(replace(g, unknown=unknown) for g in plan.groups))
+
+
+def after(graph, one):
+    changed = graph.copy()
+    run_passes(changed, [one])
+    return changed
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_masked_equals_cut(name):
+    _, graph = made(name)
+    (group,) = groups_of(graph, "vocab")
+    assert group.size == 99
+    for seed in range(3):
+        rng = random.Random(seed)
+        kept = sorted(rng.sample(range(99), rng.randint(2, 98)))
+        plan = plan_of(graph, kept, rng.choice([None, rng.choice(kept)]))
+        masked, cut = after(graph, Mask(plan)), after(graph, Prune(plan))
+        assert all(cut.tensor(m.parameter).shape[m.dim] == len(kept) for m in group.members)
+        for shape in SHAPES:
+            inputs = make_inputs(graph, *shape, seed=seed)
+            assert largest_error(masked.run(inputs), cut.run(inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert_mlm"])
+def test_text_of_words_that_stay_gives_the_dense_logits_of_those(name):
+    _, graph = made(name)
+    kept = list(range(5, 74))
+    cut = after(graph, Prune(plan_of(graph, kept)))
+    inputs = make_inputs(graph, 3, 11, seed=1)
+    inputs["input_ids"] = torch.randint(5, 74, (3, 11), generator=torch.Generator().manual_seed(0))
+    want, got = graph.run(inputs)["logits"], cut.run(inputs)["logits"]
+    assert got.shape == want.shape
+    assert torch.allclose(got[..., kept], want[..., kept], atol=1e-5, rtol=1e-5)
+    gone = [i for i in range(99) if i not in set(kept)]
+    assert (got[..., gone] == LEAST).all()
+    assert torch.isin(got.argmax(-1), torch.tensor(kept)).all()
+
+
+def test_a_word_that_went_is_read_as_the_unknown_one():
+    _, graph = made("gpt2")
+    cut = after(graph, Prune(plan_of(graph, list(range(50)), unknown=7)))
+    inputs = make_inputs(graph, 2, 6, seed=0, ragged=False)
+    gone, known = (inputs["input_ids"].clamp_max(49).clone() for _ in range(2))
+    gone[:, 2], known[:, 2] = 90, 7
+    assert largest_error(cut.run({**inputs, "input_ids": known}), cut.run({**inputs, "input_ids": gone})) == 0
+
+
+def test_the_plan_keeps_the_unknown_word_in_json():
+    _, graph = made("gpt2")
+    plan = plan_of(graph, [1, 4, 9], unknown=4)
+    assert PrunePlan.from_json(plan.as_json()) == plan
+    with pytest.raises(PlanError, match="does not keep the unit that stands for those that go"):
+        after(graph, Prune(plan_of(graph, [1, 4], unknown=5)))
+
+
+def test_a_tied_model_loses_thirty_percent_of_its_words_and_reads_the_corpus_as_before(tmp_path):
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**{**GQA, "vocab_size": SIZE}, tie_word_embeddings=True)
+    model = saved_with_tokenizer(tmp_path / "model", hf.LlamaForCausalLM(config))
+    dense = capture(model)
+    texts = ["".join(map(chr, range(32, 127))), "a b c" * 4]
+    kept = {i for text in texts for i in ids_of(text)}
+    more = tuple(sorted(kept | set(range(4, 182))))
+    artifact = compile_pruned(
+        model, "edge", None, None,
+        PruneConfig(kinds=("vocab",), vocabulary=more, at={"sequence": 16}), tmp_path / "out", measure=False,
     )  # fmt: skip
-    return randomise(transformers.BertForMaskedLM(config)), None
+    (group,) = artifact.plan.groups
+    assert group.kind == "vocab" and len(group.kept) <= 0.75 * SIZE and group.unknown == UNK
+    ids = torch.tensor([ids_of("the same text")])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    want = dense.run(inputs)["logits"][..., list(group.kept)]
+    with torch.no_grad():
+        module = artifact.module()(**inputs)["logits"]
+    onnx = run_onnx(artifact.path / "model.onnx", inputs)["logits"]
+    for got in (module, onnx):
+        assert torch.allclose(got[..., list(group.kept)], want, atol=1e-4, rtol=1e-4)
+        assert torch.isin(got.argmax(-1), torch.tensor(group.kept)).all()
 
 
-MODELS = {name: lambda name=name: made(name) for name in ("gpt2", "llama_tied", "llama_gqa", "t5", "bert_eager", "hand_gpt")}
-MODELS["bert_mlm"] = bert_mlm
-
-
-def words_of(graph: Graph) -> list[Group]:
-    return [g for g in find_groups(infer(graph)) if g.kind == "vocab"]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_masked_is_cut(name):
-    graph = capture(*MODELS[name]())
-    (group,) = words_of(graph)
-    kept = sorted(random.Random(1).sample(range(group.size), 60))
-    plan = PrunePlan.keep_all(graph, [group]).keeping({group.name: kept})
-    want = outputs(graph, Mask(plan))
-    dense = outputs(graph, Mask(PrunePlan.keep_all(graph, [])))
-    for a, b, whole in zip(want, outputs(graph, Prune(plan)), dense, strict=True):
-        assert largest_error(a, b) <= 1e-5
-        assert largest_error(a, whole) > 1e-3
-
-
-@pytest.fixture
-def tied_gpt(tmp_path):
-    """The folder of a GPT-2 with tied embeddings and a tokenizer of bytes."""
-    config = transformers.GPT2Config(vocab_size=SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    model = randomise(transformers.GPT2LMHeadModel(config))
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def test_a_corpus_keeps_its_words_and_text_goes_round(tied_gpt, tmp_path):
-    tokenizer = byte_tokenizer()
-    config = PruneConfig(kinds=("vocab",), vocabulary=TEXTS)
-    artifact = compile_pruned(tied_gpt, config=config, output=tmp_path / "out", measure=False)
-    (group,) = [g for g in artifact.plan.groups if g.kind == "vocab"]
-    assert len(group.kept) < 0.7 * group.size and group.unknown == UNK
-    assert {i for text in TEXTS for i in tokenizer(text)["input_ids"]} <= set(group.kept)
-    report = artifact.report
-    assert report["parameters"]["dense"] - report["parameters"]["pruned"] == 32 * (group.size - len(group.kept))
-    session = load(tmp_path / "out")
-    dense = transformers.GPT2LMHeadModel.from_pretrained(str(tied_gpt)).eval()
-    gone = sorted(set(range(SIZE)) - set(group.kept))
-    for text in TEXTS:
-        ids = np.array([tokenizer(text)["input_ids"]])
-        logits = session.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]
+def test_text_goes_round_through_the_artifact(tmp_path):
+    """The ids of the uncut tokenizer go in, the words that it predicts come out and are text again."""
+    torch.manual_seed(0)
+    config = hf.GPT2Config(vocab_size=SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=CLS)
+    model = saved_with_tokenizer(tmp_path / "model", hf.GPT2LMHeadModel(config))
+    texts = ("a font for Tifinagh", "the quick brown fox", "tools for pruned transformers")
+    asked = PruneConfig(kinds=("vocab",), vocabulary=texts)
+    artifact = compile_pruned(model, "edge", config=asked, output=tmp_path / "out", measure=False)
+    (group,) = artifact.plan.groups
+    assert len(group.kept) < 0.7 * SIZE
+    numbers = artifact.report["parameters"]
+    assert numbers["dense"] - numbers["pruned"] == 32 * (SIZE - len(group.kept))
+    session, tokenizer = load(tmp_path / "out"), byte_tokenizer()
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.no_grad():
-            want = dense(input_ids=torch.from_numpy(ids)).logits.numpy()
-        # Nothing that the text needs is another number; the others are never predicted.
-        assert logits.shape == want.shape
-        assert np.abs(logits - want)[..., group.kept].max() <= 1e-4 * np.abs(want).max()
-        assert (logits[..., gone] < -1e37).all()
-        # A tokenizer of bytes without a decoder: blanks are a letter of their own.
-        assert tokenizer.decode(ids[0], skip_special_tokens=True).replace(" ", "").replace("Ġ", " ") == text
-        assert set(logits.argmax(-1).flatten()) <= set(group.kept)
+            want = model(**inputs).logits.numpy()[..., group.kept]
+        got = session.run({name: x.numpy() for name, x in inputs.items()})["logits"]
+        assert np.abs(got[..., group.kept] - want).max() <= 1e-4 * np.abs(want).max()
+        best = got.argmax(-1)[0]
+        assert (best == np.array(group.kept)[want[0].argmax(-1)]).all()
+        letters = tokenizer.convert_ids_to_tokens(ids[0, 1:-1].tolist())
+        assert "".join(letters).replace("Ġ", " ") == text
+        assert all(token is not None for token in tokenizer.convert_ids_to_tokens(best.tolist()))
 
 
-def test_a_word_that_went_is_read_as_the_unknown_one(tied_gpt, tmp_path):
-    config = PruneConfig(kinds=("vocab", "neurons"), vocabulary=(10, 11, 12, 13), sparsity=0.2, method="magnitude")
-    artifact = compile_pruned(tied_gpt, config=config, output=tmp_path / "out", measure=False)
+def test_the_words_of_a_corpus_stay_and_special_tokens(tmp_path):
+    model = saved_with_tokenizer(tmp_path / "model")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("a bad cab\n", encoding="utf-8")
+    config = PruneConfig(kinds=("vocab",), vocabulary=str(corpus), at={"sequence": 16})
+    artifact = compile_pruned(model, "edge", None, None, config, tmp_path / "out", measure=False)
     (group,) = [g for g in artifact.plan.groups if g.kind == "vocab"]
-    session = load(tmp_path / "out")
-    runs = [
-        session.run({"input_ids": np.array([[10, odd, 12]]), "attention_mask": np.ones((1, 3), dtype=np.int64)})["logits"]
-        for odd in (200, group.unknown)
-    ]
-    assert np.array_equal(*runs)
+    assert set(group.kept) == {0, 1, 2, 3, *ids_of("a bad cab")}
+    assert PrunePlan.read(artifact.path / "plan.json").groups[-1].unknown == UNK
 
 
-@pytest.mark.parametrize(
-    ("config", "match"),
-    [
+def test_impossible_wishes():
+    model, _ = made("gpt2")
+    for given, said in (
         ({"kinds": ("vocab",)}, "go together"),
         ({"vocabulary": (1, 2)}, "go together"),
-        ({"kinds": ("vocab",), "vocabulary": ()}, "vocabulary is empty"),
-        ({"kinds": ("vocab",), "vocabulary": (1, 99)}, "an id that there is not; got 99"),
-        ({"kinds": ("vocab",), "vocabulary": "texts.txt"}, "no tokenizer"),
-    ],
-)
-def test_impossible_wishes(config, match):
-    with pytest.raises(ConfigError, match=match):
-        compile_pruned(bert_mlm()[0], config=PruneConfig(method="magnitude", **config), output="never", measure=False)
+        ({"kinds": ("vocab",), "vocabulary": ()}, "no word would stay"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            PruneConfig(**given)
+    for given, said in (((1, 200), r"an id that there is not; got 200; wanted 0\.\.98"), ("texts.txt", "no tokenizer beside it")):
+        with pytest.raises(ConfigError, match=said):
+            compile_pruned(model, "edge", config=PruneConfig(kinds=("vocab",), vocabulary=given), measure=False)

@@ -266,11 +266,15 @@ ZOO: dict[str, Entry] = {
     "stablelm": Entry(
         "StableLM", lambda: hf.StableLmForCausalLM(hf.StableLmConfig(**TEXT, num_key_value_heads=4)), MHA
     ),
-    "mixtral": Entry("Mixtral", lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GQA, num_local_experts=4)), LLAMA),
+    "mixtral": Entry(
+        "Mixtral",
+        lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GQA, num_local_experts=4)),
+        {**LLAMA, "experts": (4, 4)},
+    ),
     "qwen2_moe": Entry(
         "Qwen2-MoE",
         lambda: hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**GQA, **MOE, shared_expert_intermediate_size=40)),
-        {**LLAMA, "neurons": (40, 24, 40, 24)},
+        {**LLAMA, "neurons": (40, 24, 40, 24), "experts": (4, 4)},
     ),
     "t5": Entry(
         "T5",

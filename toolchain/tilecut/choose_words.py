@@ -54,23 +54,22 @@ def choose_words(given: Given, groups: Sequence[Group], graph: Graph, model: nn.
         raise ConfigError("PruneConfig", "vocabulary is given, but this model's cannot be cut", got=why)
     has_tokenizer = tokenizer_folder(model) is not None
     tokenizer = load_tokenizer(graph, model, NO_LIMIT).encode if has_tokenizer else None
-    if isinstance(given, str) or isinstance(given[0], str):
+    asked = {i for i in given if isinstance(i, int)}
+    if not asked:
         if tokenizer is None:
             raise ConfigError(
                 "PruneConfig",
                 "vocabulary is text, and the model has no tokenizer beside it",
                 fix="load the model from a folder with its tokenizer, or give ids",
             )
-        texts = read_texts(Path(given))[0] if isinstance(given, str) else [str(text) for text in given]
-        found = _ids_of(texts, tokenizer)
-    else:
-        found = {int(i) for i in given}
-        if odd := [i for i in sorted(found) if not 0 <= i < group.size]:
-            raise ConfigError(
-                "PruneConfig", "vocabulary names an id that there is not", got=odd[0], wanted=f"0..{group.size - 1}"
-            )
+        texts = read_texts(Path(given))[0] if isinstance(given, str) else [t for t in given if isinstance(t, str)]
+        asked = _ids_of(texts, tokenizer)
+    elif odd := [i for i in sorted(asked) if not 0 <= i < group.size]:
+        raise ConfigError(
+            "PruneConfig", "vocabulary names an id that there is not", got=odd[0], wanted=f"0..{group.size - 1}"
+        )
     special = _special_ids(tokenizer, model)
-    kept = tuple(sorted(i for i in found | set(special) if i < group.size))
+    kept = tuple(sorted(i for i in asked | set(special) if i < group.size))
     unknown = next((i for i in special if i in kept), kept[0])
     return Words(group, kept, unknown)
 
