@@ -85,7 +85,7 @@ def _sizes(group: Group, lattice: Lattice, asked: Constraints) -> list[int]:
                 wanted=f"one of {', '.join(map(str, all_legal))}",
             )
         return [wanted]
-    least, most = _asked(group, asked.least, 0 if group.kind == "layers" else 1), _asked(group, asked.most, group.size)
+    least, most = _asked(group, asked.least, group.least), _asked(group, asked.most, group.size)
     if most < group.least:
         raise ConfigError(
             "PruneConfig",

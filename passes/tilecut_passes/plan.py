@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tilecut_passes.axes.groups import Frozen, Group, Member
+from tilecut_passes.axes.groups import Frozen, Group, Member, fewest
 from tilecut_passes.graph import Graph
 from tilecut_passes.token_plan import TokenPlan, check_schedule
 from tilecut_runtime.errors import PlanError
@@ -267,7 +267,7 @@ def _integer(value: Any) -> int:
 
 
 def _check_units(g: GroupPlan) -> None:
-    if not g.kept and g.kind != "layers":
+    if len(g.kept) < fewest(g.kind):
         raise PlanError("PrunePlan", f"group {g.name} keeps nothing", got=0, wanted="at least 1 unit")
     if len(set(g.kept)) != len(g.kept) or any(not 0 <= unit < g.size for unit in g.kept):
         bad = next((u for i, u in enumerate(g.kept) if u in g.kept[:i] or not 0 <= u < g.size), g.kept[0])

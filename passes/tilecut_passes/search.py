@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from tilecut_passes.axes.groups import Group
+from tilecut_passes.axes.groups import Group, fewest
 from tilecut_runtime.errors import ConfigError
 
 
@@ -44,11 +44,9 @@ class Lattice:
 
     def sizes(self, kind: str, size: int) -> list[int]:
         """The legal sizes of a group, the dense one included, ascending. A residual branch is there or not."""
-        if kind == "layers":
-            return [0, size]
         block = self.blocks.get(kind, 1)
-        least = max((self.smallest or {}).get(kind, 1), 1)
-        legal = [n for n in range(block, size, block) if n >= least]
+        least = max((self.smallest or {}).get(kind, 0), fewest(kind))
+        legal = [n for n in range(0, size, block) if n >= least]
         if kind in self.powers_of_two:
             legal = [n for n in legal if n & (n - 1) == 0]
         return [*legal, size]

@@ -16,6 +16,8 @@ from tilecut_runtime.errors import ConfigError
 
 # What is cut unless something else is asked for, and what else may be (docs/kinds.md).
 DEFAULT_KINDS = ("heads", "kv_groups", "queries", "neurons")
+# Kinds whose units have gates with a gradient each, which the method of Kwon et al. ranks; of a vocabulary nothing is ranked.
+GATED_KINDS = (*DEFAULT_KINDS, "experts", "vocab")
 KINDS = (*DEFAULT_KINDS, "qk_width", "vo_width", "hidden", "layers", "experts", "vocab")
 METHODS = tuple(dict.fromkeys(("table", "fisher", *IMPORTANCES)))
 AT = {"batch": 1, "sequence": 128, "threads": 1}
@@ -116,7 +118,7 @@ class PruneConfig(Settings):
             raise ValueError("adapt_block chooses the block: leave block out")
         if unknown := [k for k in self.kinds if k not in KINDS]:
             raise ValueError(f"kind {unknown[0]!r} is none of {', '.join(KINDS)}")
-        if self.method == "fisher" and (odd := [k for k in self.kinds if k not in DEFAULT_KINDS]):
+        if self.method == "fisher" and (odd := [k for k in self.kinds if k not in GATED_KINDS]):
             raise ValueError(f"method 'fisher' (Kwon et al.) knows no {odd[0]}: use method='table'")
         if not self.kinds:
             raise ValueError("kinds is empty: nothing could be cut")

@@ -131,7 +131,7 @@ def find_groups(axes: Axes) -> list[Group]:
                 tuple(gates.get(leaf, ())),
                 contests,
                 rows,
-                _least(leaf, leaf.size, contests),
+                _least(leaf, leaf.size, contests) if kind != "layers" else fewest(kind),
             )
         )
     return found
@@ -141,6 +141,11 @@ def _without_gates(axes: Axes) -> list[tuple[Axis, fx.Node]]:
     """Experts of sorted rows and words of a vocabulary: nothing contracts them."""
     routed = [(leaf, node) for node, axis in sorted_products(axes) for leaf in axis.leaves]
     return routed + [(axes.input(node)[0].root, node) for node in axes.lookups if is_vocabulary(axes.input(node)[0].root)]
+
+
+def fewest(kind: str) -> int:
+    """The fewest units that a group of a kind may keep when nothing else is asked: a residual branch may go whole."""
+    return 0 if kind == "layers" else 1
 
 
 def _least(leaf: Axis, size: int, contests: Sequence[Contest]) -> int:
