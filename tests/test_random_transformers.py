@@ -56,9 +56,9 @@ def exact_groups(graph: Graph) -> list[Group]:
 
 
 def random_plan(graph: Graph, seed: int) -> PrunePlan:
-    """Every exact group keeps a random part; of every fourth model the vocabulary stays, so that rows differ (`swapped`)."""
+    """Every exact group keeps a random part; of every fourth model words and branches stay, so that units show (`swapped`)."""
     rng = random.Random(seed)
-    groups = [g for g in exact_groups(graph) if g.kind != "vocab" or seed % 4]
+    groups = [g for g in exact_groups(graph) if g.kind not in ("vocab", "layers") or seed % 4]
     plan = PrunePlan.keep_all(graph, groups)
     return plan.keeping({g.name: sorted(rng.sample(range(g.size), rng.randint(g.least, g.size))) for g in groups})
 
