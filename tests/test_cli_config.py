@@ -47,6 +47,8 @@ EVERY_FIELD = [
     (("--kinds", "heads, neurons"), {"kinds": ("heads", "neurons")}),
     (("--kinds", "vocab", "--vocabulary", "a.txt"), {"kinds": ("vocab",), "vocabulary": "a.txt"}),
     (("--block", 32), {"block": 32}),
+    (("--rotate",), {"rotate": True}),
+    (("--no-rotate",), {"rotate": False}),
     (("--adapt-block", 0.1), {"adapt_block": 0.1, "block": None}),
     (("--power-of-two-heads",), {"power_of_two_heads": True}),
     (("--no-power-of-two-heads",), {"power_of_two_heads": False}),

@@ -53,6 +53,7 @@ class Graph:
     inputs that hold a key-value cache, each with the output that continues it: their heads are cut with the model.
     `store` says where new tensors go, for models larger than memory (`disk_tensor.py`); None keeps them as they are.
     A size whose range is one number is static in the specs. `example_sizes` are those of the caller's example inputs.
+    `rotated` are the groups of hidden width whose channels are not the caller's (`rotate_hidden.py`).
     """
 
     module: fx.GraphModule
@@ -67,6 +68,7 @@ class Graph:
     refusals: list[Refusal] = field(default_factory=list)
     store: Callable[[Tensor], Tensor] | None = None
     example_sizes: dict[str, int] = field(default_factory=dict)
+    rotated: tuple[str, ...] = ()
 
     @property
     def fx(self) -> fx.Graph:
@@ -142,6 +144,7 @@ class Graph:
             list(self.refusals),
             self.store,
             dict(self.example_sizes),
+            self.rotated,
         )
 
     def in_double(self) -> Graph:

@@ -14,12 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from tilecut_passes.axes.groups import Frozen, Group, Member, fewest
 from tilecut_passes.graph import Graph
 from tilecut_passes.token_plan import TokenPlan, check_schedule
 from tilecut_runtime.errors import PlanError
 
 PLAN_FORMAT = 1
+ROTATIONS = "rotations.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class PrunePlan:
     """A plan for one model: `model` is the fingerprint of its `tensors` (name -> dtype and shape).
 
     `aliases` maps names of tied tensors to the name that the members use. `tokens` says how many tokens stay behind which
-    layers, in the layers' order.
+    layers, in the layers' order. `rotations` are the bases that the units of `hidden` groups are channels of: name of a
+    group -> Q [H, H] (`rotate_hidden.py`); plan.json has their hashes, the numbers are in a file beside it.
     """
 
     model: str
@@ -59,6 +65,7 @@ class PrunePlan:
     tensors: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     tokens: tuple[TokenPlan, ...] = ()
+    rotations: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def keep_all(graph: Graph, groups: Iterable[Group]) -> PrunePlan:
@@ -180,22 +187,25 @@ class PrunePlan:
             ],
             "tokens": [one.as_json() for one in self.tokens],
             "frozen": [{"name": f.name, "why": f.why} for f in self.frozen],
+            **({"rotations": {name: _digest(basis) for name, basis in self.rotations.items()}} if self.rotations else {}),
         }
 
     def write(self, path: Path) -> None:
-        """Write plan.json: one line a group and a tensor."""
+        """Write plan.json: one line a group and a tensor; and the bases of its hidden widths beside it, where it has some."""
         held = self.as_json()
         groups = ",\n".join("  " + json.dumps(g) for g in held.pop("groups"))
         frozen = ",\n".join("  " + json.dumps(f) for f in held.pop("frozen"))
         head = json.dumps(held)[1:-1]
         path.write_text(f'{{{head},\n "groups": [\n{groups}\n ],\n "frozen": [\n{frozen}\n ]}}\n', encoding="utf-8")
+        if self.rotations:
+            save_file({name: basis.contiguous() for name, basis in self.rotations.items()}, path.with_name(ROTATIONS))
 
     @staticmethod
     def read(path: Path) -> PrunePlan:
         """Read plan.json.
 
         Raises:
-            PlanError: missing, not JSON, of another format, or malformed.
+            PlanError: missing, not JSON, of another format, malformed, or without the bases that it names.
         """
         try:
             held = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -203,11 +213,11 @@ class PrunePlan:
             raise PlanError(str(path), f"cannot be read ({e.strerror})") from e
         except (ValueError, RecursionError) as e:
             raise PlanError(str(path), f"not valid JSON ({e})") from e
-        return PrunePlan.from_json(held, str(path))
+        return PrunePlan.from_json(held, str(path), _read_rotations(Path(path)))
 
     @staticmethod
-    def from_json(held: Any, where: str = "plan") -> PrunePlan:
-        """A plan from what `as_json` returned."""
+    def from_json(held: Any, where: str = "plan", rotations: Mapping[str, Tensor] | None = None) -> PrunePlan:
+        """A plan from what `as_json` returned, and the bases that it names."""
         if not isinstance(held, dict) or held.get("format") != PLAN_FORMAT:
             raise PlanError(
                 where,
@@ -246,6 +256,7 @@ class PrunePlan:
                 {str(k): str(v) for k, v in held.get("tensors", {}).items()},
                 {str(k): str(v) for k, v in held.get("aliases", {}).items()},
                 tuple(TokenPlan.from_json(one) for one in held.get("tokens", [])),
+                _named_rotations(dict(held.get("rotations", {})), rotations or {}, where),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise PlanError(where, f"malformed plan ({type(e).__name__}: {e})") from e
@@ -258,6 +269,33 @@ class PrunePlan:
             _check_units(g)
         check_schedule(plan.tokens, f"{where}: tokens")
         return plan
+
+
+def _read_rotations(path: Path) -> dict[str, Tensor]:
+    """The bases beside a plan.json; none where there is no file of them."""
+    beside = path.with_name(ROTATIONS)
+    if not beside.exists():
+        return {}
+    try:
+        return load_file(beside)
+    except (SafetensorError, OSError) as e:
+        raise PlanError(str(beside), f"not a safetensors file ({e})", fix="take the file that was written with the plan") from e
+
+
+def _named_rotations(wanted: Mapping[str, str], given: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The bases that a plan names, each with its hash."""
+    for name, digest in wanted.items():
+        if name not in given or _digest(given[name]) != digest:
+            raise PlanError(
+                where,
+                f"the basis of {name} is {'not the one it was made with' if name in given else 'missing'}",
+                fix=f"keep {ROTATIONS} beside plan.json",
+            )
+    return {name: given[name] for name in wanted}
+
+
+def _digest(basis: Tensor) -> str:
+    return hashlib.sha256(basis.detach().float().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _integer(value: Any) -> int:

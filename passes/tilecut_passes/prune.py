@@ -19,7 +19,9 @@ from tilecut_passes.graph import Graph
 from tilecut_passes.plan import GroupPlan, PrunePlan
 from tilecut_passes.project_outputs import ProjectOutputs
 from tilecut_passes.remap_ids import LEAST
+from tilecut_passes.rotate_hidden import RotateHidden
 from tilecut_passes.select_units import select_states, select_units
+from tilecut_runtime.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,17 @@ class Prune:
 
 
 def open_hidden(graph: Graph, plan: PrunePlan) -> None:
-    """The layers behind the outputs that a plan of the hidden width was made with, where they are not there yet."""
+    """What a plan of the hidden width was made with, where it is not there yet: layers behind outputs, and another basis.
+
+    Raises:
+        PlanError: the graph's hidden width is in another basis than the plan's units.
+    """
     if any(planned.kind == "hidden" for planned in plan.groups) and ProjectOutputs()(graph):
         graph.clean()
         graph.propagate()
+    if turned := [name for name in graph.rotated if name not in plan.rotations]:
+        raise PlanError("PrunePlan", f"the plan is of the model's own channels, and {turned[0]} has been turned")
+    RotateHidden(plan.rotations)(graph)
 
 
 def as_cut(dense: Graph, plan: PrunePlan) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:

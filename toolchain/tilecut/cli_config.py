@@ -42,6 +42,7 @@ def read_options(
         list[str] | None, _option("GROUP=N: fewest units that it keeps, by name, kind or pattern; may be repeated", SHAPE)
     ] = None,
     max_units: Annotated[list[str] | None, _option("GROUP=N: most units that it keeps; may be repeated", SHAPE)] = None,
+    rotate: Annotated[bool | None, _option("cut the hidden width along its principal components", SHAPE)] = None,
     uniform: Annotated[bool | None, _option("groups of one kind and size keep equally many units", SHAPE)] = None,
     block: Annotated[int | None, _option("widths are multiples of this and of the target's block", SHAPE)] = None,
     adapt_block: Annotated[
@@ -102,6 +103,7 @@ def read_options(
                 "keep": tuple(keep) if keep else None,
                 "min_units": named_numbers("--min-units", min_units) if min_units else None,
                 "max_units": named_numbers("--max-units", max_units) if max_units else None,
+                "rotate": rotate,
                 "uniform": uniform,
                 "block": block,
                 "adapt_block": adapt_block,

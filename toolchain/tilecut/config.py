@@ -62,6 +62,11 @@ class PruneConfig(Settings):
     max_units: dict[str, int] = Field(
         default_factory=dict, description="most units that a group keeps, by kind, name or pattern"
     )
+    rotate: bool = Field(
+        default=True,
+        description="cut the hidden width along its principal components on the calibration data, where the model's norms "
+        "allow it; channels as they are elsewhere",
+    )
     uniform: bool = Field(default=False, description="groups of one kind and dense size keep equally many units")
     adapt_block: float | None = Field(
         default=None,

@@ -73,7 +73,13 @@ def _cut_groups(made: Prepared, config: PruneConfig | None, progress: Progress) 
         return cut
     with progress.stage("search"):
         choice = _choose(made, config)
-    cut = CutModel(made.dense.copy(), choice)
+    hidden = [g for g in choice.plan.groups if g.kind == "hidden"]
+    if made.rotations and all(len(g.kept) == g.size for g in hidden):
+        # A hidden width that stays whole stays as it is.
+        made = made.unturned()
+        with progress.stage("search"):
+            choice = _choose(made, config.model_copy(update={"keep": (*config.keep, "hidden")}))
+    cut = CutModel(made.dense.copy(), choice, rungs=list(made.rungs))
     if config.finetune is None or config.finetune.steps == 1:
         _prune(made, cut, choice.plan, progress)
         _repair(made, config, cut, choice.plan, progress)
@@ -99,9 +105,11 @@ def _choose(made: Prepared, config: PruneConfig) -> Choice:
         )
 
     if made.token_losses is None:
-        return choose(made.tokens)
-    counts = lambda schedule: schedule.counter(made.axes, find_groups(made.axes), config.sizes()).total()
-    return search_tokens(made.token_losses, counts, choose)
+        choice = choose(made.tokens)
+    else:
+        counts = lambda schedule: schedule.counter(made.axes, find_groups(made.axes), config.sizes()).total()
+        choice = search_tokens(made.token_losses, counts, choose)
+    return replace(choice, plan=replace(choice.plan, rotations=made.rotations))
 
 
 def _prune(made: Prepared, cut: CutModel, plan: PrunePlan, progress: Progress) -> None:
@@ -156,7 +164,7 @@ def _in_steps(made: Prepared, config: PruneConfig, cut: CutModel, progress: Prog
 
     def repair(graph: Graph, plan: PrunePlan) -> None:
         cut.graph = graph
-        cut.rungs = [check_cut(made.dense, graph, plan)] if plan is choices[0].plan else cut.rungs
+        cut.rungs = [*made.rungs, check_cut(made.dense, graph, plan)] if plan is choices[0].plan else cut.rungs
         _repair(made, config, cut, plan, progress)
 
     def train(graph: Graph, plan: PrunePlan) -> None:

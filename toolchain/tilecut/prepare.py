@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tilecut.load_model import load_model
 from tilecut.plan_tokens import TokenSchedule, fused_stream, plan_tokens
 from tilecut.progress import Progress
 from tilecut.search_tokens import TokenLosses, measure_token_losses
+from tilecut.turn_hidden import turn_hidden
 from tilecut_passes.axes.groups import Frozen, Group, find_frozen, find_groups
 from tilecut_passes.axes.infer import Axes, infer
 from tilecut_passes.capture import capture
@@ -39,6 +40,7 @@ from tilecut_passes.run_passes import run_passes
 from tilecut_passes.score import IMPORTANCES, Ranking, score
 from tilecut_passes.score_gates import fisher_matrices
 from tilecut_runtime.errors import CalibrationError, CaptureError, ConfigError
+from tilecut_runtime.manifest import Rung
 from tilecut_targets.cost_model import CostModel
 from tilecut_targets.target import Target
 
@@ -57,6 +59,8 @@ class Prepared:
         latency: the target's cost model, where a budget of milliseconds asks for it.
         tokens: those that the config says go; `token_losses` where it says to search for them.
         words: what stays of the vocabulary, where it is cut.
+        rotations: bases that hidden widths of `dense` were turned to; `straight` is what was prepared before.
+        rungs: what was checked so far.
     """
 
     model: nn.Module
@@ -73,6 +77,9 @@ class Prepared:
     tokens: TokenSchedule | None = None
     token_losses: TokenLosses | None = None
     words: Words | None = None
+    rotations: Mapping[str, Tensor] = field(default_factory=dict)
+    straight: Prepared | None = None
+    rungs: list[Rung] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -83,7 +90,27 @@ class Prepared:
     @property
     def original(self) -> Graph:
         """The dense graph as the caller has it, without what makes the hidden width prunable."""
-        return without_projections(self.dense)
+        return without_projections((self.straight or self).dense)
+
+    def unturned(self) -> Prepared:
+        """The same with every hidden width in the caller's basis."""
+        if self.straight is None:
+            return self
+        before = self.straight
+        # A head of its own can make a group's name another one.
+        named = {new.name: old.name for new, old in zip(self.groups, before.groups, strict=True)}
+        rankings = {named[name]: one for name, one in self.rankings.items()}
+        return replace(
+            self,
+            dense=before.dense,
+            axes=before.axes,
+            groups=before.groups,
+            words=before.words,
+            rankings=rankings,
+            rotations={},
+            straight=None,
+            rungs=[],
+        )
 
     @property
     def fit(self) -> list:
@@ -157,6 +184,10 @@ def prepare(
         if made.calibrated is not None:
             check_finite(dense, made.calibrated.fit)
         _check_data(made)
+    if config.rotate and made.calibrated is not None and any(g.kind == "hidden" for g in groups):
+        with progress.stage("rotate"):
+            turn_hidden(made, progress.step)
+        sizes = legal_sizes(made.groups, lattice, constraints(made.axes, made.groups, config, target))
     if config.max_latency_ms is not None or latency:
         with progress.stage("cost model"):
             made.latency = _cost_model(made, config, progress, needed=config.max_latency_ms is not None)
