@@ -8,7 +8,7 @@ import typing
 from collections.abc import Collection
 from typing import Any
 
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 def original_output(model_class: type, names: Collection[str]) -> type[ModelOutput]:

@@ -123,16 +123,17 @@ def _open(folder: Path, source: Source) -> Any:
 
     from tilecut.pruned_pretrained import pruned_class
 
-    original = getattr(transformers, source.model, None)
+    original: Any = getattr(transformers, source.model, None)
     if not (isinstance(original, type) and issubclass(original, transformers.PreTrainedModel)):
         raise ArtifactError(str(folder / CONFIG), "transformers has no such model class", got=source.model)
+    config_class: Any = original.config_class
     try:
         PrunePlan.read(folder / PLAN)
     except PlanError as e:
         raise ArtifactError(str(folder / PLAN), f"not a plan ({e})", fix="save the model again") from e
     # A damaged config fails wherever transformers first trips over it.
     try:
-        config = original.config_class.from_pretrained(str(folder))
+        config = config_class.from_pretrained(str(folder))
     except Exception as e:
         raise ArtifactError(str(folder / CONFIG), f"transformers cannot read it: {first_line(e)}") from e
     if hasattr(config, ENTRY):

@@ -11,16 +11,16 @@ Left out:                dropout (captured in eval mode)
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.fx.node import map_aggregate
 from transformers import DynamicCache, PreTrainedModel
 
 from tilecut.align_left import left_padding, roll
@@ -82,8 +82,9 @@ class PrunedPretrained:
                 self.generation_config.use_cache = False
         self.eval()
 
-    def __getattr__(self, name: str) -> Any:
-        return PreTrainedModel.__getattr__(self, name)  # type: ignore[arg-type]
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def _held_device(self) -> torch.device:
         return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
@@ -96,8 +97,8 @@ class PrunedPretrained:
             there = lambda value: device if isinstance(value, torch.device) else value
             for node in self._graph.nodes:
                 if node.op == "call_function":
-                    node.args = fx.node.map_aggregate(node.args, there)
-                    node.kwargs = fx.node.map_aggregate(node.kwargs, there)
+                    node.args = map_aggregate(node.args, there)  # type: ignore[assignment]
+                    node.kwargs = map_aggregate(node.kwargs, there)  # type: ignore[assignment]
             self._code = type(fx.GraphModule(self, self._graph)).forward  # type: ignore[arg-type]
             self._graph_device = device
         return moved
@@ -130,9 +131,13 @@ class PrunedPretrained:
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """What was given, by name; None and False count as not given."""
-        places = [p for p in inspect.signature(self.original.forward).parameters][1:]
+        places = list(inspect.signature(self.original.forward).parameters)[1:]
         given = {**dict(zip(places, args)), **kwargs}
-        return {name: value for name, value in given.items() if value is not None and (value is not False or name in HANDLED)}
+        return {
+            name: value
+            for name, value in given.items()
+            if value is not None and (value is not False or name in HANDLED)
+        }
 
     def _decoder_inputs(self, given: dict[str, Any], labels: Tensor) -> None:
         """An encoder-decoder reads its labels, shifted, where it is given nothing else to read."""
@@ -165,7 +170,9 @@ class PrunedPretrained:
                 got=PAST,
                 fix="generate with use_cache=False, or compile with example_inputs=inputs_with_cache(model)",
             )
-        past = {f"{PAST}_{k}": v for k, v in flatten_cache(cache).items()} if cache is not None and self._has_cache else {}
+        past = (
+            {f"{PAST}_{k}": v for k, v in flatten_cache(cache).items()} if cache is not None and self._has_cache else {}
+        )
         names = self._input_names()
         rest = {name: value for name, value in given.items() if name not in names and not self._is_neutral(name, value)}
         if rest:
@@ -218,7 +225,9 @@ class PrunedPretrained:
             return None
         mask = values.get("attention_mask", torch.ones_like(ids))
         if self._has_cache and mask.shape[1] != ids.shape[1]:
-            fits = bool((mask != 0).all()) and bool((positions == positions[..., :1] + torch.arange(ids.shape[1], device=ids.device)).all())
+            fits = bool((mask != 0).all()) and bool(
+                (positions == positions[..., :1] + torch.arange(ids.shape[1], device=ids.device)).all()
+            )
             found = torch.zeros(len(ids), dtype=torch.long, device=ids.device) if fits else None
         else:
             found = left_padding(mask, positions)
@@ -258,14 +267,6 @@ class PrunedPretrained:
         from tilecut.pretrained import from_pretrained
 
         return from_pretrained(folder)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        # Never changed: a copy shares it.
-        memo[id(self._source)] = self._source
-        made.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
-        return made
 
 
 def pruned_class(original: type[Any]) -> type[Any]:
