@@ -184,6 +184,20 @@ def test_greedy_generation_is_the_pruned_modules(request, which):
     assert torch.equal(asked, got)
 
 
+@pytest.mark.parametrize("case", ["causal", "gpt2", "encoder-decoder"])
+def test_beams_and_samples_are_the_originals(case, tmp_path):
+    cls, config, _ = CASES[case]
+    original = randomise(cls(copy.deepcopy(config)))
+    model, prompt = artifact_of(original, tmp_path / "dense", config=None).hf_model(), ids(2, 6)
+    for options in ({}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}):
+        found = []
+        for one in (original, model):
+            torch.manual_seed(0)
+            mask = torch.ones_like(prompt)
+            found.append(one.generate(prompt, attention_mask=mask, max_new_tokens=8, eos_token_id=None, **options))
+        assert torch.equal(*found), options
+
+
 @pytest.mark.parametrize("which", ["llama", "gpt2"])
 def test_prompts_padded_on_the_left_go_on_as_alone(request, which):
     model = request.getfixturevalue(which).hf_model()

@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 from tilecut.align_left import left_padding, roll
 from tilecut.original_loss import LABELS, original_loss
 from tilecut.original_output import original_output
+from tilecut.read_later import ReadLater, Unread
 from tilecut.save_pretrained import save_pretrained
 from tilecut_passes.flat_forward import PAST, PRESENT, flatten_cache
 from tilecut_passes.unlift_program import unlift_program
@@ -74,6 +75,9 @@ class PrunedPretrained:
         self._has_cache = any(spec.name.startswith(f"{PAST}_") for spec in source.inputs)
         names = [spec.name for spec in source.outputs if not spec.name.startswith(f"{PRESENT}_")]
         self._output_class = original_output(self.original, [*names, *([PAST] if self._has_cache else [])])
+        if "encoder" in self._modules:
+            # It holds tensors alone; generation asks for this name.
+            self.encoder.main_input_name = self.original.main_input_name
         # Tied weights are one tensor in the graph.
         self.all_tied_weights_keys: dict[str, str] = {}
         if not self._has_cache:
@@ -107,6 +111,8 @@ class PrunedPretrained:
         """The original's forward: its arguments by name or position, its class of outputs."""
         given = self._named(args, kwargs)
         cache = given.pop(PAST, None)
+        if isinstance(given.get("encoder_outputs"), Unread):
+            given[self.original.main_input_name] = given.pop("encoder_outputs").last_hidden_state
         labels = {name: given.pop(name) for name in LABELS if name in given}
         options = {name: given.pop(name) for name in HANDLED if name in given and name not in self._input_names()}
         if "labels" in labels:
@@ -139,10 +145,16 @@ class PrunedPretrained:
             if value is not None and (value is not False or name in HANDLED)
         }
 
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """What generation runs first: the graph reads what goes into its encoder in every step."""
+        if self.config.is_encoder_decoder and "encoder_outputs" not in self._input_names():
+            return ReadLater(self.original.main_input_name)
+        return self.original.get_encoder(self, *args, **kwargs)
+
     def _decoder_inputs(self, given: dict[str, Any], labels: Tensor) -> None:
         """An encoder-decoder reads its labels, shifted, where it is given nothing else to read."""
-        wanted = "decoder_input_ids"
-        if wanted in self._input_names() and wanted not in given:
+        wanted, shift = "decoder_input_ids", "prepare_decoder_input_ids_from_labels"
+        if wanted in self._input_names() and wanted not in given and hasattr(self, shift):
             given[wanted] = self.prepare_decoder_input_ids_from_labels(labels=labels)
 
     def _run(self, given: dict[str, Any], cache: Any, options: Mapping[str, Any]) -> dict[str, Tensor]:
