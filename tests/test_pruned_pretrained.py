@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import tilecut
-from checks import TinyMlp, compiled, randomise, text_batch, tiny_bert
+from checks import ROOT, TinyMlp, compiled, randomise, text_batch, tiny_bert
 from tilecut import PruneConfig, from_pretrained
 from tilecut_passes.example_inputs import inputs_with_cache
 from tilecut_runtime.errors import ArtifactError, InputError
@@ -98,6 +99,21 @@ def test_a_mask_and_types_that_are_left_out_are_what_the_original_makes_of_it(cl
     full = {k: v.long() for k, v in full.items()}
     assert torch.equal(model(**plain).logits, model(**full).logits)
     assert torch.equal(model(**plain, attention_mask=torch.ones(1, 9, dtype=torch.bool)).logits, model(**full).logits)
+
+
+KINDS = [("hidden",), ("layers", "neurons")]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=["hidden width", "missing branches"])
+def test_other_widths_and_missing_branches_come_along(kinds, tmp_path):
+    config = PruneConfig(sparsity=0.4, block=8, method="magnitude", kinds=kinds, at={"sequence": 16})
+    artifact = artifact_of(transformers.BertForSequenceClassification(BERT), tmp_path / "a", config)
+    cut = [g.kind for g in artifact.plan.groups if len(g.kept) < g.size]
+    assert ("hidden" if "hidden" in kinds else "layers") in cut
+    batch = text_batch(3, 9, vocab=SIZE)
+    want = artifact.module()(**batch)["logits"]
+    artifact.hf_model().save_pretrained(tmp_path / "saved")
+    assert torch.equal(from_pretrained(tmp_path / "saved")(**batch).logits, want)
 
 
 @pytest.mark.parametrize(
@@ -457,3 +473,13 @@ def test_without_transformers_it_says_what_to_install(classifier, folder, monkey
     for call in (classifier.hf_model, lambda: tilecut.from_pretrained(folder)):
         with pytest.raises(ArtifactError, match=r"transformers is not installed; pip install 'tilecut\[compile\]'"):
             call()
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not in a checkout")
+def test_the_code_in_the_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "hugging_face.md").read_text(encoding="utf-8")
+    held: dict[str, Any] = {}
+    for block in text.split("```python\n")[1:]:
+        exec(block.split("```")[0], held)
+    assert type(held["again"]) is not type(held["model"]) and (tmp_path / "small-hf" / "plan.json").is_file()
