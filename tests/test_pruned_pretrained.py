@@ -200,6 +200,7 @@ def test_greedy_generation_is_the_pruned_modules(request, which):
     assert torch.equal(asked, got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["causal", "gpt2", "encoder-decoder"])
 def test_beams_and_samples_are_the_originals(case, tmp_path):
     cls, config, _ = CASES[case]
