@@ -8,7 +8,7 @@ PY := $(ENV)/bin/python
 export HF_HUB_OFFLINE := 1
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-all test-wheel toolchain ecosystem lint types bench bench-edge bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen models clean
+.PHONY: demo test test-all test-wheel toolchain ecosystem lint types bench bench-edge bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen bench-run-many models clean
 
 demo: $(ENV)/.demo  ## prune the real model for the edge target and show what came of it
 	$(PY) benchmarks/demo.py
@@ -74,6 +74,9 @@ bench-attention: $(ENV)/.bench  ## the attention kernels beside those of others;
 
 bench-varlen: $(ENV)/.bench  ## training and running on texts of different lengths; on a GPU, or small on the CPU
 	$(PY) benchmarks/varlen.py
+
+bench-run-many: $(ENV)/.bench  ## Session.run_many beside one padded batch; on the CPU
+	$(PY) benchmarks/bench_run_many.py
 
 models: $(ENV)/.dev  ## README's table of models
 	PYTHONPATH=tests $(PY) tests/write_models_table.py

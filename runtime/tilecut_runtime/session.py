@@ -7,7 +7,7 @@ rank or size gives one error that says which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,32 @@ class Session:
         """
         arrays = check_inputs(inputs, self.inputs, self.manifest.dims)
         return dict(zip((spec.name for spec in self.outputs), self._runner(arrays), strict=True))
+
+    def run_many(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        max_tokens: int = 4096,
+        padding: Mapping[str, float] | None = None,
+    ) -> list[dict[str, np.ndarray]]:
+        """Run rows of different lengths, in batches of similar lengths; each gets the outputs that it would get alone.
+
+        Args:
+            inputs: for every row a dict of arrays [1, S, ..], or all without their first dimension: [S, ..].
+            max_tokens: rows times length of the largest batch; bounds memory.
+            padding: input name -> what fills it up, where no `attention_mask` of the model hides padding: a mask of
+                another name or meaning, or ids of which the model needs no mask.
+
+        Returns:
+            For every row, in the order of `inputs`, its outputs without padding; without a first dimension where the row
+            had none.
+
+        Raises:
+            InputError: a row that does not fit, or rows of different lengths that nothing hides the padding of.
+        """
+        from tilecut_runtime.run_many import run_many
+
+        return run_many(self, inputs, max_tokens, padding)
 
     def __repr__(self) -> str:
         inputs = "; ".join(map(str, self.inputs))

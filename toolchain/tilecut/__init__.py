@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "compile_pruned": "tilecut.compile",
     "load": "tilecut_runtime.session",
+    "from_pretrained": "tilecut.pretrained",
     "PruneConfig": "tilecut.config",
     "Recovery": "tilecut.recovery_config",
     "Artifact": "tilecut.artifact",
@@ -41,6 +42,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "compile_pruned",
+    "from_pretrained",
     "load",
     "pack",
     "pad_to_longest",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from tilecut.collate import pack, pad_to_longest
     from tilecut.compile import compile_pruned
     from tilecut.config import PruneConfig
+    from tilecut.pretrained import from_pretrained
     from tilecut.recovery_config import Recovery
     from tilecut.sample_by_length import LengthBucketSampler
     from tilecut.transformers_attention import register_attention

@@ -77,3 +77,15 @@ class Artifact:
 
         self.manifest.check_files(self.path, [MODULE, WEIGHTS])
         return PrunedModule(read_program(self.path / MODULE, self.path / WEIGHTS), self.manifest)
+
+    def hf_model(self) -> Any:
+        """The pruned model as a `PreTrainedModel` of its original class, for pipelines, `generate` and `Trainer`.
+
+        Its `save_pretrained` writes a folder that `tilecut.from_pretrained` reads. Dropout is not in it.
+
+        Raises:
+            ArtifactError: the model was none of transformers, or transformers is not installed.
+        """
+        from tilecut.pretrained import of_artifact
+
+        return of_artifact(self)
