@@ -32,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from tilecut_passes.find_token_sites import mixes
 from tilecut_passes.graph import (
     Graph,
+    ancestors,
     arguments,
     calls_before,
     is_call,
@@ -120,23 +121,26 @@ def find_tokens(graph: Graph) -> tuple[fx.Node, str | None]:
     mask = None
     for name, node in zip(graph.inputs, graph.placeholders, strict=True):
         value = value_of(node)
-        plain = value.ndim == 2 and not value.is_floating_point()
-        if plain and "mask" in name and mask is None:
-            mask = name
-        elif plain and name != "position_ids" and any(
-            is_call(user, aten.embedding.default) and user.args[1] is node for user in node.users
-        ):
-            found.append(name)
-        else:
+        if value.ndim != 2 or value.is_floating_point():
             raise LoweringError(
                 WHERE,
                 f"the input {name} is neither token ids nor their mask",
                 got=str(graph.input_specs()[graph.inputs.index(name)]),
-                wanted="integers [batch, sequence] that an embedding reads, and a mask of that shape",
+                wanted="integers [batch, sequence]",
                 fix="leave it out of the example inputs",
             )
+        if "mask" in name and mask is None:
+            mask = name
+        else:
+            found.append(name)
     if len(found) != 1:
-        raise LoweringError(WHERE, "the model has no one input of token ids", got=", ".join(found) or "none", wanted="one")
+        raise LoweringError(
+            WHERE,
+            "the model has no one input of token ids",
+            got=", ".join(found) or "none",
+            wanted="one, and a mask at most",
+            fix="leave the others out of the example inputs",
+        )
     node = graph.input_node(found[0])
     assert node is not None
     return node, mask
@@ -188,9 +192,13 @@ def _check(
             continue
         reason = _unfit(node, reached) if node in attentions else _mixing(node, dims, length)
         if reason is not None:
-            refused = next((r.why for r in graph.refusals if r.node == node.name), None)
+            behind = {one.name for one in ancestors([node]) if one not in reached or one is node}
+            refused = [r.why for r in graph.refusals if r.node in behind]
             raise LoweringError(
-                WHERE, f"{node.name}: {reason}" + (f" ({refused})" if refused else ""), wanted="causal attention, and ops that treat tokens one by one"
+                WHERE,
+                f"{node.name}: {reason}",
+                got="; ".join(refused) or None,
+                wanted="causal attention, and ops that treat tokens one by one",
             )
     if not attentions:
         raise LoweringError(WHERE, "the graph has no attention", wanted="causal self-attention of the token ids' own positions")
@@ -221,12 +229,12 @@ def _unfit(node: fx.Node, reached: set[fx.Node]) -> str | None:
     """Why an attention cannot have a cache, or None."""
     a = arguments(node)
     q, k = (sizes_of(value_of(a[name])) for name in ("q", "k"))
+    if a["bias"] is not None or a["alibi_slopes"] is not None:
+        return "this attention has a bias for pairs of positions"
     if a["causal"] == "none":
         return "this attention is not causal"
     if q[2] != k[2] or any(a[name] not in reached for name in "qkv"):
         return f"this attention has {q[2]} queries on {k[2]} keys that are not its own tokens"
-    if a["bias"] is not None or a["alibi_slopes"] is not None:
-        return "this attention has a bias for pairs of positions"
     if a["global_tokens"] or a["dropout_p"]:
         return "this attention has global tokens or dropout"
     if a["key_padding"] is not None and a["key_padding"] in reached:
