@@ -216,6 +216,10 @@ def _mixing(node: fx.Node, dims: dict[fx.Node, tuple[int, ...]], length: sympy.S
     if is_call(node, aten.cat.default, aten.stack.default):
         dim = int(arguments(node)["dim"]) % value_of(node).ndim
         return None if dim not in dims[node] else f"{node.target} works along the tokens"
+    if is_call(node, aten.constant_pad_nd.default):
+        rank = value_of(node).ndim
+        padded = {rank - 1 - i // 2 for i, n in enumerate(arguments(node)["pad"]) if n}
+        return f"{node.target} pads the tokens" if padded & set(dims[node]) else None
     if (reason := mixes(node, dims)) is not None:
         return reason.removeprefix(f"{node.name} ")
     value = value_of(node)

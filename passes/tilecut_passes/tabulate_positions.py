@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from tilecut_passes.axes.infer import elementwise
 from tilecut_passes.axes.rules import RULES
-from tilecut_passes.graph import Graph, calls_before, is_call, sizes_of, symbols_of, value_of
+from tilecut_passes.graph import Graph, arguments, calls_before, is_call, sizes_of, source, symbols_of, value_of
 from tilecut_passes.mask_probes import SHAPE_ONLY, Evaluation, Probe, ProbeError
 from tilecut_runtime.errors import LoweringError
 
@@ -186,6 +186,27 @@ class TabulatePositions:
             apart = call(aten.unflatten.int, rows, 2, [*before, *after])
             order = [0, *range(2, 2 + len(before)), 1, *range(2 + len(before), 2 + len(before) + len(after))]
             return call(aten.permute.default, apart, order)
+
+
+def table_behind(read: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The tensor [positions, D] and the positions [B, S] of which `read` is the rows, [B, 1, S, D] or [B, S, 1, D]; or None."""
+    if is_call(read, aten.unsqueeze.default) and read.args[1] == 1:
+        rows = source(read)
+    elif is_call(read, aten.unflatten.int) and arguments(read)["sizes"][0] == 1:
+        rows = source(read)
+    else:
+        return None
+    if not is_call(rows, aten.embedding.default) or source(rows).op != "get_attr" or value_of(source(rows, 1)).ndim != 2:
+        return None
+    return source(rows), source(rows, 1)
+
+
+def half_of_pairs(table: Tensor, interleaved: bool) -> Tensor | None:
+    """A table [positions, D] of which both channels of every pair hold one number, as [positions, D / 2]; None for others."""
+    if table.shape[1] % 2:
+        return None
+    first, second = (table[:, ::2], table[:, 1::2]) if interleaved else table.chunk(2, -1)
+    return first.contiguous() if torch.equal(first, second) else None
 
 
 def reads_values(user: fx.Node, node: fx.Node) -> bool:
