@@ -24,7 +24,6 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
-# Random logits are far apart where weights are large: greedy choices are then no matter of rounding.
 CONFIGS: Mapping[str, Any] = {
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=POSITIONS, bos_token_id=1, eos_token_id=2
@@ -38,7 +37,18 @@ CONFIGS: Mapping[str, Any] = {
 
 def decoder(name: str, seed: int = 0) -> Any:
     """A model of `CONFIGS`, in eval mode."""
-    return randomise(transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()), seed)
+    return talkative(transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()), seed)
+
+
+def talkative(model: nn.Module, seed: int = 0) -> Any:
+    """Every number re-randomised, so that greedy texts do not end in one token for ever: attention outweighs the last token."""
+    randomise(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    return model
 
 
 def greedy(run: Any, prompts: list[list[int]], steps: int) -> list[list[int]]:

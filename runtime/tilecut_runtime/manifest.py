@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tilecut_runtime.cache_layout import CacheLayout
 from tilecut_runtime.errors import ArtifactError
 
 FORMAT = 1
@@ -91,6 +92,8 @@ class Manifest:
     format: int = FORMAT
     # What was done to the written model last: a word such as int8.
     quantize: str | None = None
+    # How a model with a key-value cache generates.
+    generation: CacheLayout | None = None
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`."""
@@ -267,6 +270,9 @@ def _parse(held: dict[str, Any]) -> Manifest:
         returns=text(held["returns"]),
         tolerance=float(tolerance),
         quantize=None if held.get("quantize") is None else text(held["quantize"]),
+        generation=None
+        if held.get("generation") is None
+        else CacheLayout.parse(held["generation"], tuple(i.name for i in inputs), tuple(o.name for o in outputs)),
         tools={k: text(v) for k, v in held["tools"].items()},
         created=text(held["created"]),
         verification=tuple(rung(r) for r in held["verification"]),

@@ -123,7 +123,7 @@ class EdgeTarget(Target):
 
     def contenders(self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path) -> Contenders:
         """The dense model by this very path, as torch exports it, and after onnxruntime's own transformer optimizer."""
-        return contend(self.fusing, self.forms, dense, folder / MODEL, threads, scratch)
+        return contend(self.fusing, self.forms, dense, folder / MODEL, threads, scratch, manifest)
 
     def floor(self, pruned: Graph, at: Mapping[str, int], scratch: Path) -> Callable[[Arrays], object] | None:
         """The products in float32, whatever the artifact is quantized to."""
