@@ -26,7 +26,8 @@ SIZES: dict[str, Any] = {
 GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
 CONFIGS: Mapping[str, Any] = {
     "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=POSITIONS, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=POSITIONS, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=False,
     ),
     "llama": lambda: transformers.LlamaConfig(**GROUPED),
     "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=9),
@@ -45,9 +46,14 @@ def talkative(model: nn.Module, seed: int = 0) -> Any:
     randomise(model, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+                parameter.copy_(noise * 0.4)
+            elif name.endswith("bias"):
+                parameter.copy_(noise * 0.05)
+            elif "gemma" not in type(model).__name__.lower():
+                parameter.copy_(1 + noise * 0.2)
     return model
 
 
