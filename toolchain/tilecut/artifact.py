@@ -65,7 +65,7 @@ class Artifact:
         from tilecut_passes.read_graph import read_graph
 
         self.manifest.check_files(self.path, [MODULE, WEIGHTS])
-        return read_graph(self.path / MODULE, self.path / WEIGHTS, self.manifest)
+        return read_graph(self.path / MODULE, self.path / WEIGHTS, self.manifest.of_module)
 
     def module(self) -> Any:
         """The pruned model as a trainable `nn.Module` with weights of its own.
@@ -76,4 +76,4 @@ class Artifact:
         from tilecut.pruned_module import PrunedModule
 
         self.manifest.check_files(self.path, [MODULE, WEIGHTS])
-        return PrunedModule(read_program(self.path / MODULE, self.path / WEIGHTS), self.manifest)
+        return PrunedModule(read_program(self.path / MODULE, self.path / WEIGHTS), self.manifest.of_module)

@@ -34,7 +34,7 @@ from tilecut_passes.graph import Graph
 from tilecut_passes.prune import as_cut
 from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_runtime.errors import ConfigError, VerificationError
-from tilecut_runtime.manifest import Manifest, list_files
+from tilecut_runtime.manifest import Manifest, Signature, list_files
 from tilecut_runtime.reference import write_cases
 from tilecut_runtime.torch_program import WEIGHTS, save_program, tensors_of
 from tilecut_targets.export_program import export_program
@@ -169,6 +169,7 @@ def emit(
                 datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 quantize=target.quantize,
                 generation=layout,
+                module=None if layout is None else _signature(pruned),
                 files=list_files(folder),
             )
             rungs += target.verify(folder, manifest, cases)
@@ -228,6 +229,10 @@ def _remedy(target: Target) -> str:
     if target.quantize is not None:
         return "quantize less: 'int8' loses less than 'int4', 'fp16' least"
     return "compute in bf16 or float32" if target.rounds else "please report the model"
+
+
+def _signature(pruned: Graph) -> Signature:
+    return Signature(pruned.input_specs(), pruned.output_specs(), dict(pruned.ranges), pruned.returns)
 
 
 def _write_module(pruned: Graph, folder: Path) -> None:
