@@ -28,9 +28,12 @@ class WholeTexts:
         first = np.zeros(len(ids), np.int64) if mask is None else mask.argmax(1)
         batch, length = ids.shape
         logits = np.zeros((batch, length, self.decoder.vocabulary), np.float32)
-        decoding, rows, one = self.decoder.start(batch, length), np.arange(batch), np.ones(batch, np.int64)
+        decoding, one = self.decoder.start(batch, length), np.ones(batch, np.int64)
         for step in range(length - int(first.min())):
+            rows = np.flatnonzero(first + step < length)
+            # Rows that are through stay at their last token.
             places = np.minimum(first + step, length - 1)
-            logits[rows, places] = decoding.step(ids[rows, places][:, None], one)
-            decoding.accept(one)
+            found = decoding.step(ids[np.arange(batch), places][:, None], one)
+            logits[rows, places[rows]] = found[rows]
+            decoding.accept((first + step + 1 < length).astype(np.int64))
         return {layout.logits: torch.from_numpy(logits)}
