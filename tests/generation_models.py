@@ -26,7 +26,13 @@ SIZES: dict[str, Any] = {
 GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
 CONFIGS: Mapping[str, Any] = {
     "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=POSITIONS, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCAB,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=POSITIONS,
+        bos_token_id=1,
+        eos_token_id=2,
         tie_word_embeddings=False,
     ),
     "llama": lambda: transformers.LlamaConfig(**GROUPED),

@@ -42,7 +42,9 @@ def cached(graph: Graph, max_length: int | None = None) -> Graph:
     return made
 
 
-def error_in_steps(whole: Graph, steps: Graph, first: tuple[int, ...] = (12, 5, 9), more: tuple[int, ...] = (1, 1, 3, 1)) -> float:
+def error_in_steps(
+    whole: Graph, steps: Graph, first: tuple[int, ...] = (12, 5, 9), more: tuple[int, ...] = (1, 1, 3, 1)
+) -> float:
     """The largest error of the logits of steps with a cache that holds NaN where nothing was written."""
     name = steps.inputs[0]
     batch, total = len(first), max(first) + sum(more)
@@ -191,7 +193,11 @@ def test_other_inputs_are_refused():
     ids = torch.randint(0, 2, (2, 9))
     inputs = {"ids": ids, "kinds": ids.clone()}
     refused(randomise(Typed()), inputs, "the model has no one input of token ids; got ids, kinds")
-    refused(randomise(Typed()), {**inputs, "weights": torch.randn(2, 9)}, "the input weights is neither token ids nor their mask")
+    refused(
+        randomise(Typed()),
+        {**inputs, "weights": torch.randn(2, 9)},
+        "the input weights is neither token ids nor their mask",
+    )
 
 
 def test_a_fixed_length_is_refused():

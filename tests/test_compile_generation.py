@@ -36,7 +36,9 @@ def test_manifest_and_report(artifact):
     assert [spec.name for spec in manifest.of_module.inputs] == ["input_ids", "attention_mask"]
     assert artifact.report["emitted"]["attention"] == artifact.report["emitted"]["fused_attention"] == 2
     assert artifact.report["latency"]["contenders"]["pruned artifact"]["cpu_ms"] > 0
-    assert {"steps equal the whole text", "artifact equals pruned model"} <= {r["name"] for r in artifact.report["verification"]}
+    assert {"steps equal the whole text", "artifact equals pruned model"} <= {
+        r["name"] for r in artifact.report["verification"]
+    }
     assert count_ops(artifact.path / "model.onnx")["GroupQueryAttention"] == 2
 
 
@@ -46,7 +48,9 @@ def test_every_ladder_climbs_again(artifact):
 
 
 def test_bench_and_inspect_know_it(artifact):
-    done = CliRunner().invoke(cli.app, ["bench", str(artifact.path), "--seq", "8", "--rounds", "1", "--no-memory", "--json"])
+    done = CliRunner().invoke(
+        cli.app, ["bench", str(artifact.path), "--seq", "8", "--rounds", "1", "--no-memory", "--json"]
+    )
     assert done.exit_code == 0, done.output
     done = CliRunner().invoke(cli.app, ["inspect", str(artifact.path), "--json"])
     assert json.loads(done.stdout)["manifest"]["generation"]["max_length"] == 80
@@ -59,7 +63,9 @@ def test_a_plain_session_generates_without_tilecut(artifact):
     tokens, past, got = np.array(PROMPTS[:1]), 0, []
     for _ in range(5):
         size = tokens.shape[1]
-        logits, *presents = session.run(None, {"input_ids": tokens, "past_lengths": np.array([past]), "lengths": np.array([size]), **caches})
+        logits, *presents = session.run(
+            None, {"input_ids": tokens, "past_lengths": np.array([past]), "lengths": np.array([size]), **caches}
+        )
         past, caches = past + size, dict(zip(caches, presents))
         got.append(int(logits[0, 0].argmax()))
         tokens = np.array([[got[-1]]])
@@ -79,13 +85,15 @@ def test_quantized(how, tmp_path):
     masks[1::2, 9:], masks[3::4, 9:], masks[3::4, :2] = 0, 1, 0
     batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(2), masks.split(2))]
     config = PruneConfig(sparsity=0.0, at={"sequence": 16}, quantize=how, reconstruct=False, cache="")
-    made = compile_pruned(model, "edge", calibration=batches, config=config, output=tmp_path / "made", generate=True, measure=False)
+    made = compile_pruned(
+        model, "edge", calibration=batches, config=config, output=tmp_path / "made", generate=True, measure=False
+    )
     q = made.report["quantization"]
     assert q["products"] > 10 if how != "fp16" else q["weights"] > 10
     near = q["fidelity"]["to_pruned"]["logits"]
     assert 0.9 < near["cosine"] <= 1 and near["relative_error"] < 0.4
     ops = count_ops(made.path / "model.onnx")
-    assert ops["GroupQueryAttention"] == 2 and ops["MatMul"] == 0 or how == "fp16"
+    assert (ops["GroupQueryAttention"] == 2 and ops["MatMul"] == 0) or how == "fp16"
     got = load(made.path).generate(PROMPTS, max_new_tokens=8, eos=()).tokens
     if how == "fp16":
         assert got == greedy(lambda ids: model(input_ids=ids).logits, PROMPTS, 8)
@@ -99,7 +107,10 @@ def test_a_session_as_a_model_of_whole_texts(artifact):
     got = WholeTexts(load(artifact.path)).run({"input_ids": ids, "attention_mask": masks})["logits"]
     model = artifact.module()
     with torch.no_grad():
-        rows = [model(input_ids=i[m > 0][None], attention_mask=torch.ones(1, int(m.sum())).long()).logits[0] for i, m in zip(ids, masks)]
+        rows = [
+            model(input_ids=i[m > 0][None], attention_mask=torch.ones(1, int(m.sum())).long()).logits[0]
+            for i, m in zip(ids, masks)
+        ]
     for row, mask, want in zip(got, masks, rows):
         torch.testing.assert_close(row[mask > 0], want, rtol=1e-4, atol=1e-4)
 
@@ -123,7 +134,10 @@ def test_models_written_by_hand(positions, tmp_path):
         ({"generate": 1}, "generate does not fit; got 1; wanted True or False"),
         ({"generate": True, "max_length": 1}, "max_length does not fit; got 1"),
         ({"max_length": 9}, "give generate=True too"),
-        ({"generate": True, "config": PruneConfig(quantize="int8-static")}, "'int8-static' takes ranges from calibration data"),
+        (
+            {"generate": True, "config": PruneConfig(quantize="int8-static")},
+            "'int8-static' takes ranges from calibration data",
+        ),
     ],
 )
 def test_options_that_do_not_fit(options, why, tmp_path):

@@ -29,7 +29,12 @@ class Written:
         self.graph, self.path = graph, path
         fused = graph.copy()
         run_passes(fused, [*EdgeTarget().fusing, *EdgeTarget().caching()])
-        self.inputs, self.outputs, self.states, self.specs = fused.inputs, fused.outputs, fused.states, fused.input_specs()
+        self.inputs, self.outputs, self.states, self.specs = (
+            fused.inputs,
+            fused.outputs,
+            fused.states,
+            fused.input_specs(),
+        )
         run_passes(fused, EdgeTarget().lowering)
         write_forms(fused, path, Forms())
         nodes = onnx.load(str(path)).graph.node
@@ -130,7 +135,9 @@ def test_heads_that_were_not_padded_are_refused():
     graph = captured(*written())
     plan = random_plan(graph, 1, "vo_width")
     run_passes(graph, [Prune(plan), *EdgeTarget().fusing, AddCache()])
-    with pytest.raises(LoweringError, match=r"has heads that the op does not take; got \[8, 8, \d\]; wanted one multiple of 8"):
+    with pytest.raises(
+        LoweringError, match=r"has heads that the op does not take; got \[8, 8, \d\]; wanted one multiple of 8"
+    ):
         run_passes(graph, [LowerCachedAttention()])
 
 

@@ -56,7 +56,11 @@ def test_a_pruned_model_whose_layers_have_different_heads(tmp_path):
     model = decoder("llama")
     ids = torch.randint(0, VOCAB, (8, 12), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(2)]
-    kept = {"model.layers.0.self_attn:kv_groups": 1, "model.layers.1.self_attn:kv_groups": 2, "model.layers.1.self_attn:queries": 1}
+    kept = {
+        "model.layers.0.self_attn:kv_groups": 1,
+        "model.layers.1.self_attn:kv_groups": 2,
+        "model.layers.1.self_attn:queries": 1,
+    }
     config = PruneConfig(sparsity=0.4, at={"sequence": 16}, min_units=kept, max_units=kept, cache="")
     artifact = compile_pruned(
         model, "edge", calibration=batches, config=config, output=tmp_path / "pruned", generate=True, measure=False
@@ -66,7 +70,10 @@ def test_a_pruned_model_whose_layers_have_different_heads(tmp_path):
     assert heads == [1, 2]
     run = lambda ids: pruned(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     assert session.generate(PROMPTS, max_new_tokens=64, eos=()).tokens == greedy(run, PROMPTS, 64)
-    assert {r.name for r in artifact.manifest.verification} >= {"steps equal the whole text", "artifact equals pruned model"}
+    assert {r.name for r in artifact.manifest.verification} >= {
+        "steps equal the whole text",
+        "artifact equals pruned model",
+    }
     assert all(r.status == "passed" for r in Artifact(artifact.path).verify())
 
 
@@ -92,7 +99,8 @@ def test_a_row_ends_where_the_model_has_no_position_left(made):
     assert [len(row) for row in got.tokens] == [POSITIONS - 120 + 1, POSITIONS - 5 + 1]
     assert got.reasons == ["length", "length"]
     assert got.tokens == [
-        greedy(lambda ids: model(input_ids=ids).logits, [prompt], len(row))[0] for prompt, row in zip(prompts, got.tokens)
+        greedy(lambda ids: model(input_ids=ids).logits, [prompt], len(row))[0]
+        for prompt, row in zip(prompts, got.tokens)
     ]
 
 
@@ -118,7 +126,10 @@ def test_draws_are_repeatable_and_apart(made):
     # Equal prompts are drawn differently.
     same = session.generate([PROMPTS[0]] * 3, seed=5, **options).tokens
     assert len(set(map(tuple, same))) > 1
-    assert session.generate(PROMPTS, seed=5, **{**options, "top_k": 1}).tokens == session.generate(PROMPTS, max_new_tokens=20, eos=()).tokens
+    assert (
+        session.generate(PROMPTS, seed=5, **{**options, "top_k": 1}).tokens
+        == session.generate(PROMPTS, max_new_tokens=20, eos=()).tokens
+    )
 
 
 def test_a_penalty_as_transformers_has_it(made):
@@ -128,13 +139,22 @@ def test_a_penalty_as_transformers_has_it(made):
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24, do_sample=False,
             repetition_penalty=1.7, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-        assert session.generate([prompt], max_new_tokens=24, repetition_penalty=1.7, eos=()).tokens[0] == want[0, len(prompt) :].tolist()
+        assert (
+            session.generate([prompt], max_new_tokens=24, repetition_penalty=1.7, eos=()).tokens[0]
+            == want[0, len(prompt) :].tolist()
+        )
 
 
 def test_ids_come_in_many_forms(made):
     session, _ = made("llama")
     want = session.generate([PROMPTS[0]], max_new_tokens=3).tokens
-    for given in (PROMPTS[0], np.array(PROMPTS[0], np.int32), torch.tensor([PROMPTS[0]]), [np.array(PROMPTS[0])], tuple(PROMPTS[0])):
+    for given in (
+        PROMPTS[0],
+        np.array(PROMPTS[0], np.int32),
+        torch.tensor([PROMPTS[0]]),
+        [np.array(PROMPTS[0])],
+        tuple(PROMPTS[0]),
+    ):
         assert session.generate(given, max_new_tokens=3).tokens == want
 
 
@@ -156,7 +176,11 @@ IDS = [[5, 6, 7]]
         (IDS, {"attention_mask": [[1, 1]]}, "attention_mask does not fit input_ids"),
         (IDS, {"stop": "end"}, "stop holds the string 'end', but the artifact holds no tokenizer.json; give token ids"),
         ("a text", {}, "the prompts are texts, but the artifact holds no tokenizer.json"),
-        (IDS, {"beams": 4}, "unknown argument; got beams; wanted temperature, top_k, top_p, repetition_penalty, stop, eos, seed"),
+        (
+            IDS,
+            {"beams": 4},
+            "unknown argument; got beams; wanted temperature, top_k, top_p, repetition_penalty, stop, eos, seed",
+        ),
         (IDS, {"temperature": -1}, "temperature does not fit; got -1; wanted a number from 0 on"),
         (IDS, {"temperature": float("nan")}, "temperature does not fit; got nan"),
         (IDS, {"temperature": 1, "top_k": 0}, "top_k does not fit; got 0; wanted a positive integer or None"),
@@ -191,7 +215,10 @@ def step(session, **change):
     ("shape", "why"),
     [
         ((2, 3, 8, 16), r"past_key_values.0.key: wrong size of dimension 1; got 3; wanted 2"),
-        ((2, 2, 9, 16), r"past_key_values.0.value: capacity \(dimension 2\) differs from input past_key_values.0.key's; got 8; wanted 9"),
+        (
+            (2, 2, 9, 16),
+            r"past_key_values.0.value: capacity \(dimension 2\) differs from input past_key_values.0.key's; got 8; wanted 9",
+        ),
         ((2, 2, 500, 16), r"past_key_values.0.key: capacity \(dimension 2\) is out of range; got 500; wanted 1 to 128"),
         ((2, 2, 16), r"past_key_values.0.key: wrong rank"),
     ],

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tilecut_runtime.cache_layout import CacheLayout
 from tilecut_runtime.errors import ArtifactError
 from tilecut_runtime.manifest import (
-    Signature,
     DTYPES,
     FORMAT,
     MANIFEST,
@@ -20,6 +19,7 @@ from tilecut_runtime.manifest import (
     FileEntry,
     Manifest,
     Rung,
+    Signature,
     TensorSpec,
     list_files,
     sha256,

@@ -42,7 +42,9 @@ def test_only_what_transformers_leaves_is_drawn(seed, temperature, top_k, top_p,
     steps = [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)]
     steps += [TopKLogitsWarper(top_k)] if top_k else []
     steps += [TopPLogitsWarper(top_p)] if top_p and top_p < 1 else []
-    left = LogitsProcessorList(steps)(torch.tensor(held)[None], torch.tensor(logits)[None].double())[0].softmax(-1).numpy()
+    left = (
+        LogitsProcessorList(steps)(torch.tensor(held)[None], torch.tensor(logits)[None].double())[0].softmax(-1).numpy()
+    )
     found = drawn(Sampling(temperature, top_k, top_p, penalty), logits, held)
     assert {int(i) for i in found} <= set(np.flatnonzero(left > 0))
     shares = np.bincount(found, minlength=20) / len(found)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generation_models import SIZES, talkative
-from tiny_tokenizer import SIZE, byte_tokenizer
 from tilecut import cli, compile_pruned, load
 from tilecut_runtime.errors import ArtifactError, InputError
 from tilecut_runtime.manifest import Manifest, list_files
 from tilecut_runtime.stream_text import StreamText
+from tiny_tokenizer import SIZE, byte_tokenizer
 
 TOKENIZER = byte_tokenizer().backend_tokenizer
 
@@ -75,7 +75,13 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def artifact(model_folder):
     return compile_pruned(
-        model_folder, "edge", config=None, output=model_folder.parent / "artifact", generate=True, measure=False, max_length=60
+        model_folder,
+        "edge",
+        config=None,
+        output=model_folder.parent / "artifact",
+        generate=True,
+        measure=False,
+        max_length=60,
     )
 
 
@@ -89,7 +95,9 @@ def test_texts_in_texts_out(session):
     got = session.generate(prompts, max_new_tokens=20, eos=())
     ids = [TOKENIZER.encode(prompt).ids for prompt in prompts]
     assert got.tokens == session.generate(ids, max_new_tokens=20, eos=()).tokens
-    assert got.texts == [TOKENIZER.decode(ids_ + row)[len(TOKENIZER.decode(ids_)) :] for ids_, row in zip(ids, got.tokens)]
+    assert got.texts == [
+        TOKENIZER.decode(ids_ + row)[len(TOKENIZER.decode(ids_)) :] for ids_, row in zip(ids, got.tokens)
+    ]
     streamed = list(session.stream(prompts, max_new_tokens=20, eos=()))
     assert ["".join(step.texts[row] for step in streamed) for row in range(2)] == got.texts
     assert session.generate(prompts[0], max_new_tokens=20, eos=()).texts == got.texts[:1]
@@ -161,7 +169,9 @@ def test_the_command_line_streams(session, artifact, main):
 
 def test_the_command_line_compiles(model_folder, tmp_path, main):
     out = tmp_path / "made"
-    code, printed, said = main("compile", model_folder, "--dense", "--generate", "--max-length", 40, "--no-measure", "--output", out)
+    code, printed, said = main(
+        "compile", model_folder, "--dense", "--generate", "--max-length", 40, "--no-measure", "--output", out
+    )
     assert code == 0, said
     assert Manifest.read(out).generation.max_length == 40
     code, _, said = main("compile", model_folder, "--dense", "--max-length", 40, "--no-measure", "--output", out)

@@ -43,11 +43,11 @@ from tilecut_passes.graph import (
 )
 from tilecut_passes.keep_last_token import keep_last_token
 from tilecut_passes.tabulate_positions import ROTARY, TabulatePositions, reads_values
-from tilecut_runtime.cache_layout import LENGTHS, PAST_LENGTHS, past_name, present_name
-from tilecut_runtime.errors import LoweringError
 
 # Importing it registers tilecut::cached_attention.
 from tilecut_runtime import cached_attention as _cached_attention_op
+from tilecut_runtime.cache_layout import LENGTHS, PAST_LENGTHS, past_name, present_name
+from tilecut_runtime.errors import LoweringError
 from tilecut_runtime.manifest import DimRange
 
 aten = torch.ops.aten
@@ -77,7 +77,9 @@ class AddCache:
         if graph.states:
             name = next(iter(graph.states))
             raise LoweringError(
-                WHERE, f"the model was captured with a cache of its own, {name}", fix="leave it out of the example inputs"
+                WHERE,
+                f"the model was captured with a cache of its own, {name}",
+                fix="leave it out of the example inputs",
             )
         tokens, mask = find_tokens(graph)
         batch, length = _symbols(graph, tokens)
@@ -90,7 +92,9 @@ class AddCache:
             _placeholder(graph, name, value_of(tokens).shape[:1], torch.int64) for name in (PAST_LENGTHS, LENGTHS)
         )
         capacity = _new_size(graph, CAPACITY, longest)
-        tables = TabulatePositions(graph, _positions(graph, tokens, past_lengths, longest), mask, batch, length, longest)
+        tables = TabulatePositions(
+            graph, _positions(graph, tokens, past_lengths, longest), mask, batch, length, longest
+        )
         _check_paddings(tables, attentions)
         # What attention reads of positions is the padding that was just looked at.
         tables(reached, apart=attentions)
@@ -111,7 +115,9 @@ class AddCache:
         if self.max_length is None:
             return UNBOUNDED if most is None else min(most, LONGEST)
         if most is not None and self.max_length > most:
-            raise LoweringError(WHERE, "the model has fewer positions", got=f"max_length={self.max_length}", wanted=f"at most {most}")
+            raise LoweringError(
+                WHERE, "the model has fewer positions", got=f"max_length={self.max_length}", wanted=f"at most {most}"
+            )
         return self.max_length
 
 
@@ -201,7 +207,9 @@ def _check(
                 wanted="causal attention, and ops that treat tokens one by one",
             )
     if not attentions:
-        raise LoweringError(WHERE, "the graph has no attention", wanted="causal self-attention of the token ids' own positions")
+        raise LoweringError(
+            WHERE, "the graph has no attention", wanted="causal self-attention of the token ids' own positions"
+        )
 
 
 def _places(value: Tensor, length: sympy.Symbol) -> tuple[int, ...]:

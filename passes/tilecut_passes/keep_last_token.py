@@ -32,9 +32,16 @@ def keep_last_token(graph: Graph, result: fx.Node, tokens: fx.Node, lengths: fx.
         LoweringError: the output is not [B, S, V].
     """
     sizes = sizes_of(value_of(tokens))
-    if sizes_of(value_of(result))[:2] != sizes or value_of(result).ndim != 3 or not isinstance(value_of(result).shape[2], int):
+    if (
+        sizes_of(value_of(result))[:2] != sizes
+        or value_of(result).ndim != 3
+        or not isinstance(value_of(result).shape[2], int)
+    ):
         raise LoweringError(
-            "AddCache", f"the output {result.name} is no logits", got=sizes_of(value_of(result)), wanted=f"[{sizes[0]}, {sizes[1]}, V]"
+            "AddCache",
+            f"the output {result.name} is no logits",
+            got=sizes_of(value_of(result)),
+            wanted=f"[{sizes[0]}, {sizes[1]}, V]",
         )
     inside = _inside(graph, result, sizes)
     gathered: dict[fx.Node, fx.Node] = {}
@@ -62,15 +69,19 @@ def _inside(graph: Graph, result: fx.Node, sizes: list) -> list[fx.Node]:
     """The nodes that lead to the result alone and treat tokens one by one, in graph order."""
     found: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
-        if node is result or (node.users and all(user in found for user in node.users)):
-            if _treats_alone(node, sizes):
-                found.add(node)
+        leads = node is result or (node.users and all(user in found for user in node.users))
+        if leads and _treats_alone(node, sizes):
+            found.add(node)
     return [n for n in graph.nodes if n in found]
 
 
 def _treats_alone(node: fx.Node, sizes: list) -> bool:
     op = node.target
-    if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload) or not isinstance(value_of(node), Tensor):
+    if (
+        node.op != "call_function"
+        or not isinstance(op, torch._ops.OpOverload)
+        or not isinstance(value_of(node), Tensor)
+    ):
         return False
     pointwise = torch.Tag.pointwise in op.tags or RULES.get(op) is elementwise
     if not pointwise and not is_call(node, *ALONE):

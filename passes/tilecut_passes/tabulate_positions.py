@@ -25,10 +25,10 @@ from tilecut_passes.axes.infer import elementwise
 from tilecut_passes.axes.rules import RULES
 from tilecut_passes.graph import Graph, arguments, calls_before, is_call, sizes_of, source, symbols_of, value_of
 from tilecut_passes.mask_probes import SHAPE_ONLY, Evaluation, Probe, ProbeError
-from tilecut_runtime.errors import LoweringError
 
 # Importing it registers tilecut::rotary.
 from tilecut_runtime import rotary as _rotary_op
+from tilecut_runtime.errors import LoweringError
 
 aten = torch.ops.aten
 assert _rotary_op
@@ -78,7 +78,9 @@ class TabulatePositions:
         for node in list(self.graph.nodes):
             if node in reached or not self.is_positional(node):
                 continue
-            readers = [user for user in node.users if user in reached and user not in apart and reads_values(user, node)]
+            readers = [
+                user for user in node.users if user in reached and user not in apart and reads_values(user, node)
+            ]
             if not readers:
                 continue
             table = self._table(node)
@@ -158,7 +160,9 @@ class TabulatePositions:
             torch.Tag.pointwise in user.target.tags or RULES.get(user.target) is elementwise
         )
         if not pointwise and not is_call(user, *READERS):
-            raise LoweringError(WHERE, f"{user.name} ({user.target}) reads {node.name}, which holds something for each position")
+            raise LoweringError(
+                WHERE, f"{user.name} ({user.target}) reads {node.name}, which holds something for each position"
+            )
         sizes = sizes_of(value_of(node))
         rank = value_of(user).ndim if pointwise else len(sizes)
         sizes = [1] * (rank - len(sizes)) + sizes
@@ -190,13 +194,15 @@ class TabulatePositions:
 
 def table_behind(read: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The tensor [positions, D] and the positions [B, S] of which `read` is the rows, [B, 1, S, D] or [B, S, 1, D]; or None."""
-    if is_call(read, aten.unsqueeze.default) and read.args[1] == 1:
-        rows = source(read)
-    elif is_call(read, aten.unflatten.int) and arguments(read)["sizes"][0] == 1:
+    if (is_call(read, aten.unsqueeze.default) and read.args[1] == 1) or (is_call(read, aten.unflatten.int) and arguments(read)["sizes"][0] == 1):
         rows = source(read)
     else:
         return None
-    if not is_call(rows, aten.embedding.default) or source(rows).op != "get_attr" or value_of(source(rows, 1)).ndim != 2:
+    if (
+        not is_call(rows, aten.embedding.default)
+        or source(rows).op != "get_attr"
+        or value_of(source(rows, 1)).ndim != 2
+    ):
         return None
     return source(rows), source(rows, 1)
 
@@ -213,4 +219,6 @@ def reads_values(user: fx.Node, node: fx.Node) -> bool:
     """Whether a node's values are read, and not only its sizes."""
     if user.op == "output":
         return True
-    return isinstance(value_of(user), Tensor | tuple | list) and not (is_call(user, *SHAPE_ONLY) and user.args[0] is node)
+    return isinstance(value_of(user), Tensor | tuple | list) and not (
+        is_call(user, *SHAPE_ONLY) and user.args[0] is node
+    )

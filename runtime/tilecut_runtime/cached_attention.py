@@ -59,14 +59,23 @@ def check(
     """Refuse operands that the op does not take."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or q.shape[1] % k.shape[1]:
         got = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-        raise InputError(WHERE, "q, k and v do not fit", got=got, wanted="[B, H, S, D], query heads a multiple of key heads")
+        raise InputError(
+            WHERE, "q, k and v do not fit", got=got, wanted="[B, H, S, D], query heads a multiple of key heads"
+        )
     for name, past, new in (("past_key", past_key, k), ("past_value", past_value, v)):
         wanted = [*new.shape[:2], past.shape[2] if past.ndim == 4 else "C", new.shape[3]]
         if list(past.shape) != wanted or past.dtype != new.dtype:
-            raise InputError(WHERE, f"{name} does not fit", got=f"{list(past.shape)} {past.dtype}", wanted=f"{wanted} {new.dtype}")
+            raise InputError(
+                WHERE, f"{name} does not fit", got=f"{list(past.shape)} {past.dtype}", wanted=f"{wanted} {new.dtype}"
+            )
     for name, counts in (("past_lengths", past_lengths), ("lengths", lengths)):
         if list(counts.shape) != [q.shape[0]] or counts.dtype != torch.int64:
-            raise InputError(WHERE, f"{name} does not fit", got=f"{list(counts.shape)} {counts.dtype}", wanted=f"[{q.shape[0]}] int64")
+            raise InputError(
+                WHERE,
+                f"{name} does not fit",
+                got=f"{list(counts.shape)} {counts.dtype}",
+                wanted=f"[{q.shape[0]}] int64",
+            )
 
 
 def cached_attention_naive(

@@ -132,7 +132,11 @@ def _listed(given: Any) -> list[Any]:
     """One thing or several, as a list; None is nothing."""
     if given is None:
         return []
-    return list(given) if isinstance(given, Sequence | set | frozenset | np.ndarray) and not isinstance(given, str) else [given]
+    return (
+        list(given)
+        if isinstance(given, Sequence | set | frozenset | np.ndarray) and not isinstance(given, str)
+        else [given]
+    )
 
 
 def rows_of(input_ids: Any, attention_mask: Any) -> list[np.ndarray]:
@@ -141,7 +145,9 @@ def rows_of(input_ids: Any, attention_mask: Any) -> list[np.ndarray]:
     Raises:
         InputError: they are no ids, or the mask does not fit them.
     """
-    ragged = isinstance(input_ids, list | tuple) and any(isinstance(row, list | tuple | np.ndarray) for row in input_ids)
+    ragged = isinstance(input_ids, list | tuple) and any(
+        isinstance(row, list | tuple | np.ndarray) for row in input_ids
+    )
     if ragged and attention_mask is None:
         return [_ids(row, 1) for row in input_ids]
     ids = _ids(input_ids, 2)
@@ -150,13 +156,18 @@ def rows_of(input_ids: Any, attention_mask: Any) -> list[np.ndarray]:
     mask = np.atleast_2d(np.asarray(attention_mask))
     if mask.shape != ids.shape or mask.dtype.kind not in "biu":
         raise InputError(
-            WHERE, "attention_mask does not fit input_ids", got=f"{mask.dtype} {list(mask.shape)}", wanted=f"integers {list(ids.shape)}"
+            WHERE,
+            "attention_mask does not fit input_ids",
+            got=f"{mask.dtype} {list(mask.shape)}",
+            wanted=f"integers {list(ids.shape)}",
         )
     found = []
     for row, (tokens, real) in enumerate(zip(ids, mask != 0)):
         places = np.flatnonzero(real)
         if len(places) and places[-1] - places[0] + 1 != len(places):
-            raise InputError(WHERE, f"row {row} of attention_mask has padding between its tokens", fix="pad left or right")
+            raise InputError(
+                WHERE, f"row {row} of attention_mask has padding between its tokens", fix="pad left or right"
+            )
         found.append(tokens[places])
     return found
 
@@ -166,12 +177,17 @@ def _ids(given: Any, rank: int) -> np.ndarray:
         found = np.asarray(given)
     # numpy's own words for rows of unequal lengths.
     except ValueError as e:
-        raise InputError(WHERE, f"input_ids are no array ({e})", wanted="integers [batch, sequence], or rows of them") from e
+        raise InputError(
+            WHERE, f"input_ids are no array ({e})", wanted="integers [batch, sequence], or rows of them"
+        ) from e
     if found.size == 0:
         return np.zeros((0,) if rank == 1 else found.shape if found.ndim == 2 else (1, 0), np.int64)
     if found.dtype.kind not in "iu" or found.ndim > rank or found.ndim == 0:
         raise InputError(
-            WHERE, "input_ids are no token ids", got=f"{found.dtype} {list(found.shape)}", wanted="integers [batch, sequence], or texts"
+            WHERE,
+            "input_ids are no token ids",
+            got=f"{found.dtype} {list(found.shape)}",
+            wanted="integers [batch, sequence], or texts",
         )
     return np.atleast_2d(found).astype(np.int64) if rank == 2 else found.astype(np.int64)
 
@@ -182,12 +198,21 @@ def _check_prompts(prompts: Sequence[np.ndarray], decoder: OnnxDecoder) -> None:
     most = decoder.layout.max_length
     for row, prompt in enumerate(prompts):
         if not len(prompt):
-            raise InputError(WHERE, f"row {row} is an empty prompt", wanted="one token at least", fix="begin with the model's bos token")
+            raise InputError(
+                WHERE,
+                f"row {row} is an empty prompt",
+                wanted="one token at least",
+                fix="begin with the model's bos token",
+            )
         if len(prompt) > most:
-            raise InputError(WHERE, f"row {row} is longer than the model's positions", got=len(prompt), wanted=f"at most {most}")
+            raise InputError(
+                WHERE, f"row {row} is longer than the model's positions", got=len(prompt), wanted=f"at most {most}"
+            )
         if prompt.min() < 0 or prompt.max() >= decoder.vocabulary:
             odd = prompt.min() if prompt.min() < 0 else prompt.max()
-            raise InputError(WHERE, f"row {row} holds an unknown token id", got=int(odd), wanted=f"0 to {decoder.vocabulary - 1}")
+            raise InputError(
+                WHERE, f"row {row} holds an unknown token id", got=int(odd), wanted=f"0 to {decoder.vocabulary - 1}"
+            )
 
 
 def steps_of(decoder: OnnxDecoder, request: Request) -> Iterator[Step]:

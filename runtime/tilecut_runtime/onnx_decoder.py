@@ -55,7 +55,9 @@ class Decoding:
             InputError: the caches are full, or onnxruntime cannot run the step.
         """
         if (most := int((self.past + lengths).max())) > self.capacity:
-            raise InputError("Decoding.step", "the cache is full", got=f"{most} tokens", wanted=f"at most {self.capacity}")
+            raise InputError(
+                "Decoding.step", "the cache is full", got=f"{most} tokens", wanted=f"at most {self.capacity}"
+            )
         size = tokens.shape[1]
         if size not in self.steps:
             # A prompt's is needed once.
@@ -98,5 +100,7 @@ class _Bound:
             self.session.run_with_iobinding(self.binding)
         # onnxruntime's own exception classes share no public base but Exception.
         except Exception as e:
-            raise InputError("Session.generate", f"onnxruntime cannot run the model on these tokens: {first_line(e)}") from e
+            raise InputError(
+                "Session.generate", f"onnxruntime cannot run the model on these tokens: {first_line(e)}"
+            ) from e
         return self.logits[:, 0]

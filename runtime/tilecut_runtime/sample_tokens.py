@@ -29,16 +29,33 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, _is_number(self.temperature) and self.temperature >= 0, "a number from 0 on")
-        _check("top_k", self.top_k, self.top_k is None or (is_count(self.top_k) and self.top_k > 0), "a positive integer or None")
+        _check(
+            "temperature",
+            self.temperature,
+            _is_number(self.temperature) and self.temperature >= 0,
+            "a number from 0 on",
+        )
+        _check(
+            "top_k",
+            self.top_k,
+            self.top_k is None or (is_count(self.top_k) and self.top_k > 0),
+            "a positive integer or None",
+        )
         top_p = self.top_p
-        _check("top_p", top_p, top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "a number above 0, at most 1, or None")
+        _check(
+            "top_p",
+            top_p,
+            top_p is None or (_is_number(top_p) and 0 < top_p <= 1),
+            "a number above 0, at most 1, or None",
+        )
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, _is_number(penalty) and penalty > 0, "a positive number")
         _check("seed", self.seed, self.seed is None or is_count(self.seed), "an integer from 0 on, or None")
         if not self.temperature and (self.top_k is not None or self.top_p is not None):
             raise InputError(
-                WHERE, "top_k and top_p choose among draws, and temperature 0 draws nothing", fix="give temperature=1.0, say"
+                WHERE,
+                "top_k and top_p choose among draws, and temperature 0 draws nothing",
+                fix="give temperature=1.0, say",
             )
 
     def draws(self, rows: int) -> list[np.random.Generator]:

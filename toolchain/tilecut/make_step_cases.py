@@ -44,7 +44,9 @@ def _run(
     rows, total = len(lengths), int(lengths.max()) + more
     specs = {spec.name: spec for spec in steps.input_specs()}
     vocabulary = int(steps.output_specs()[0].shape[-1])
-    ids = torch.randint(0, vocabulary, (rows, total), generator=generator).to(getattr(torch, specs[layout.tokens].dtype))
+    ids = torch.randint(0, vocabulary, (rows, total), generator=generator).to(
+        getattr(torch, specs[layout.tokens].dtype)
+    )
     others = {name: torch.ones_like(ids) for name in pruned.inputs if name != layout.tokens}
     whole = pruned.run({layout.tokens: ids, **others})[layout.logits]
     caches = {

@@ -23,7 +23,9 @@ def check_generation(generate: object, max_length: object, target: Target) -> No
     if not isinstance(generate, bool):
         raise ConfigError(where, "generate does not fit", got=repr(generate), wanted="True or False")
     if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 2):
-        raise ConfigError(where, "max_length does not fit", got=repr(max_length), wanted="an integer from 2 on, or None")
+        raise ConfigError(
+            where, "max_length does not fit", got=repr(max_length), wanted="an integer from 2 on, or None"
+        )
     if not generate:
         if max_length is not None:
             raise ConfigError(where, "max_length is the length of what is generated", fix="give generate=True too")

@@ -88,7 +88,11 @@ def _lower(shared: _Shared, node: fx.Node, packed: bool) -> None:
     widths = [int(value_of(a[name]).shape[3]) for name in "qkv"]
     if len(set(widths)) > 1 or widths[0] % MULTIPLE:
         raise LoweringError(
-            "LowerCachedAttention", f"{node.name} has heads that the op does not take", got=widths, wanted=f"one multiple of {MULTIPLE}", fix="run PadHeads before AddCache"
+            "LowerCachedAttention",
+            f"{node.name} has heads that the op does not take",
+            got=widths,
+            wanted=f"one multiple of {MULTIPLE}",
+            fix="run PadHeads before AddCache",
         )
     q, k, v = a["q"], a["k"], a["v"]
     tables = tables_of(graph, q, k)
@@ -97,7 +101,9 @@ def _lower(shared: _Shared, node: fx.Node, packed: bool) -> None:
         cos, sin = (shared.half(name, tables[2]) for name in tables[:2])
         q, k = source(q), source(k)
     whole = _packed(graph, node, q, k, v) if packed else None
-    operands: list[fx.Node | None] = [whole, None, None] if whole is not None else [_folded(graph, node, x) for x in (q, k, v)]
+    operands: list[fx.Node | None] = (
+        [whole, None, None] if whole is not None else [_folded(graph, node, x) for x in (q, k, v)]
+    )
     with calls_before(graph, node) as call:
         made = call(
             ort_ops.group_query_attention,
