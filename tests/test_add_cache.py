@@ -107,7 +107,7 @@ def test_a_removed_attention_has_no_cache():
 
 def test_the_logits_are_made_of_one_token_a_row():
     made = cached(capture(decoder("llama")))
-    assert [list(spec.shape) for spec in made.output_specs()][0] == ["batch", 1, VOCAB]
+    assert list(made.output_specs()[0].shape) == ["batch", 1, VOCAB]
     lines = op_names(made)
     # What follows the last attention's reshape runs on one token: its layer, the feed-forward network, the last norm.
     assert lines.count("embedding") == 1 + 2 + 2

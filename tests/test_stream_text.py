@@ -169,7 +169,7 @@ def test_the_command_line_streams(session, artifact, main):
 
 def test_the_command_line_compiles(model_folder, tmp_path, main):
     out = tmp_path / "made"
-    code, printed, said = main(
+    code, _, said = main(
         "compile", model_folder, "--dense", "--generate", "--max-length", 40, "--no-measure", "--output", out
     )
     assert code == 0, said

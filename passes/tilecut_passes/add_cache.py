@@ -277,8 +277,8 @@ def _new_size(graph: Graph, name: str, longest: int) -> torch.SymInt:
     assert shapes is not None
     source, hint = ConstantSource(name), min(longest, 17)
     symbol = shapes.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-    made = shapes.create_symintnode(symbol, hint=hint, source=source)
-    graph.dims[symbol] = name
+    made = cast(torch.SymInt, shapes.create_symintnode(symbol, hint=hint, source=source))
+    graph.dims[cast(sympy.Symbol, symbol)] = name
     graph.ranges[name] = DimRange(1, longest)
     return made
 

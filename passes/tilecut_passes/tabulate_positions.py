@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -172,9 +172,9 @@ class TabulatePositions:
             raise LoweringError(
                 WHERE, f"{user.name} reads {node.name} where no dimension stands for the rows of the batch", got=sizes
             )
-        key = table, before, after  # type: ignore[assignment]
+        key = table, cast(tuple[int, ...], before), cast(tuple[int, ...], after)
         if key not in self.reads:
-            self.reads[key] = self._gathered(table, before, after)  # type: ignore[arg-type]
+            self.reads[key] = self._gathered(*key)
         return self.reads[key]
 
     def _gathered(self, table: fx.Node, before: tuple[int, ...], after: tuple[int, ...]) -> fx.Node:
@@ -194,10 +194,10 @@ class TabulatePositions:
 
 def table_behind(read: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The tensor [positions, D] and the positions [B, S] of which `read` is the rows, [B, 1, S, D] or [B, S, 1, D]; or None."""
-    if (is_call(read, aten.unsqueeze.default) and read.args[1] == 1) or (is_call(read, aten.unflatten.int) and arguments(read)["sizes"][0] == 1):
-        rows = source(read)
-    else:
+    heads_first = is_call(read, aten.unsqueeze.default) and read.args[1] == 1
+    if not heads_first and not (is_call(read, aten.unflatten.int) and arguments(read)["sizes"][0] == 1):
         return None
+    rows = source(read)
     if (
         not is_call(rows, aten.embedding.default)
         or source(rows).op != "get_attr"

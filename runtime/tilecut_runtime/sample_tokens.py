@@ -95,7 +95,7 @@ def _nucleus(weights: np.ndarray, share: float) -> np.ndarray:
 
 def is_count(value: Any) -> bool:
     """Whether a value is an integer from 0 on, and no bool."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _is_number(value: Any) -> bool:

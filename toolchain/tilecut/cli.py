@@ -293,7 +293,7 @@ def run(
     top_k: Annotated[int | None, typer.Option(help="draw from so many tokens", rich_help_panel=GENERATION)] = None,
     top_p: Annotated[float | None, typer.Option(help="draw from so much probability", rich_help_panel=GENERATION)] = None,
     repetition_penalty: Annotated[float, typer.Option(help="above 1: fewer repetitions", rich_help_panel=GENERATION)] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="a text that ends it; may be repeated", rich_help_panel=GENERATION)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="a text that ends it; repeatable", rich_help_panel=GENERATION)] = None,
     seed: Annotated[int | None, typer.Option(help="of the draws", rich_help_panel=GENERATION)] = None,
     device: Device = None,
     threads: Threads = None,

@@ -5,6 +5,8 @@ Specification: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOp
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -109,7 +111,7 @@ def group_query_attention(
     -> [B, S, Hq*D], present_key, present_value. With several tokens behind a past, onnxruntime takes one row only.
     """
     width = past_key.shape[3]
-    attrs: dict[str, int | float] = {
+    attrs: dict[str, Any] = {
         "num_heads": num_heads,
         "kv_num_heads": kv_heads,
         "scale": scale,
