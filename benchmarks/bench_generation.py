@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
+from tokenizers import decoders, models, pre_tokenizers
 
 from demo import console
 from tilecut import PruneConfig, compile_pruned, load
@@ -42,7 +44,7 @@ Contender = Callable[[int, int], tuple[float, float]]
 
 
 def make_model(folder: Path, tiny: bool) -> Any:
-    """The model, saved as a Hugging Face folder too."""
+    """The model, saved as a Hugging Face folder too, with a tokenizer of single bytes: genai's builder wants one."""
     layers, width, words = (2, 64, 500) if tiny else (8, 512, 32000)
     config = transformers.LlamaConfig(
         vocab_size=words,
@@ -56,6 +58,11 @@ def make_model(folder: Path, tiny: bool) -> Any:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(folder)
+    letters = {letter: i + 3 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = tokenizers.Tokenizer(models.BPE({"<pad>": 0, "<s>": 1, "</s>": 2, **letters}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made.save_pretrained(folder)
     return model
 
 
