@@ -131,7 +131,7 @@ def test_a_second_run_rewrites_nothing():
 
 def test_fewer_positions_when_asked():
     made = cached(capture(decoder("llama")), max_length=40)
-    assert made.ranges["capacity"].max == 40
+    assert made.ranges["capacity"].max == made.ranges["sequence"].max == 40
     with pytest.raises(LoweringError, match="the model has fewer positions; got max_length=200; wanted at most 128"):
         cached(capture(decoder("llama")), max_length=200)
 

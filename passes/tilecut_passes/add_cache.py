@@ -87,7 +87,9 @@ class AddCache:
         attentions = [n for n in graph.nodes if is_call(n, ATTENTION)]
         output = _output_of_logits(graph)
         _check(graph, tokens, length, reached, attentions)
-        longest = self._longest(graph, graph.dims[length])
+        name = graph.dims[length]
+        longest = self._longest(graph, name)
+        graph.ranges[name] = DimRange(1, longest)
         past_lengths, lengths = (
             _placeholder(graph, name, value_of(tokens).shape[:1], torch.int64) for name in (PAST_LENGTHS, LENGTHS)
         )
