@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import zoo
 from checks import op_names, random_plan, randomise
 from generation_models import CONFIGS, POSITIONS, VOCAB, decoder, written
 from tilecut_passes.add_cache import AddCache
@@ -75,6 +76,13 @@ def test_steps_of_a_model_equal_the_whole_text(name):
     assert "attention_mask" not in made.inputs
     assert made.ranges["capacity"].max == POSITIONS
     assert made.states == {f"past_key_values.{i}.{p}": f"present.{i}.{p}" for i in range(2) for p in ("key", "value")}
+
+
+@pytest.mark.parametrize("name", ["opt", "gptj", "gpt_neox", "falcon_mqa", "phi3", "olmo2"])
+def test_models_of_other_makes(name):
+    """Positions counted off the mask, rotary of neighbours or of a part, one KV head, fused projections, norms behind."""
+    graph = capture(randomise(zoo.ZOO[name].build()))
+    assert error_in_steps(graph, cached(graph)) < 1e-5
 
 
 @pytest.mark.parametrize("positions", ["learned", "slice", "counted", "rotary", "none"])
@@ -170,6 +178,19 @@ def refused(model, inputs, why):
 def test_what_mixes_positions_is_named(positions, options, why):
     model, inputs = written(positions, **options)
     refused(model, inputs, why)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("bloom", r"attention_default\w*: this attention has ALiBi"),
+        ("mixtral", r"topk\w*: \(aten.topk.default\) may mix tokens"),
+    ],
+)
+def test_models_that_are_not_done_yet(name, why):
+    graph = fused(capture(randomise(zoo.ZOO[name].build())))
+    with pytest.raises(LoweringError, match=why):
+        run_passes(graph, [AddCache()])
 
 
 def test_several_outputs_need_a_name():

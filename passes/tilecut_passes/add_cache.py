@@ -243,8 +243,10 @@ def _unfit(node: fx.Node, reached: set[fx.Node]) -> str | None:
     """Why an attention cannot have a cache, or None."""
     a = arguments(node)
     q, k = (sizes_of(value_of(a[name])) for name in ("q", "k"))
-    if a["bias"] is not None or a["alibi_slopes"] is not None:
+    if a["bias"] is not None:
         return "this attention has a bias for pairs of positions"
+    if a["alibi_slopes"] is not None:
+        return "this attention has ALiBi, a bias for pairs of positions"
     if a["causal"] == "none":
         return "this attention is not causal"
     if q[2] != k[2] or any(a[name] not in reached for name in "qkv"):
