@@ -183,7 +183,7 @@ def test_what_mixes_positions_is_named(positions, options, why):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("bloom", r"attention_default\w*: this attention has ALiBi"),
+        ("bloom", r"attention_default\w*: this attention has (ALiBi|a bias for pairs of positions)"),
         ("mixtral", r"topk\w*: \(aten.topk.default\) may mix tokens"),
     ],
 )
