@@ -37,7 +37,7 @@ def main() -> None:
         print(f"failed: {why}", flush=True)
         return
     import numpy as np
-    import onnxruntime_genai as genai
+    import onnxruntime_genai as genai  # type: ignore[import-not-found]
 
     model = genai.Model(sys.argv[2])
     print("ready", flush=True)
