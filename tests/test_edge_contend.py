@@ -100,7 +100,8 @@ def test_the_target_offers_them(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr("tilecut_targets.edge.target.contend", lambda *given: called.append(given))
     EdgeTarget().contenders(mlp_graph(), tmp_path, None, 3, tmp_path / "scratch")  # type: ignore[arg-type]
-    ((passes, forms, _, artifact, threads, scratch),) = called
+    ((passes, forms, _, artifact, threads, scratch, manifest),) = called
+    assert manifest is None
     assert (passes, forms, artifact) == (EdgeTarget().fusing, Forms(), tmp_path / "model.onnx")
     assert (threads, scratch) == (3, tmp_path / "scratch")
 

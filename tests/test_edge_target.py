@@ -16,6 +16,7 @@ from tilecut_runtime.errors import ArtifactError
 from tilecut_runtime.reference import Case
 from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
+from tilecut_targets.edge.lower_cached_attention import LowerCachedAttention
 from tilecut_targets.edge.lower_residual import LowerResidual
 from tilecut_targets.edge.lower_rms_norm import LowerRmsNorm
 from tilecut_targets.edge.lower_rotary import LowerRotary
@@ -139,8 +140,8 @@ def test_a_file_that_is_no_onnx_does_not_pass(emitted, tmp_path):
 
 def test_lowering_is_one_visible_tuple():
     assert EdgeTarget().lowering == (
-        UnpackAttention(), LowerResidual(), LowerRmsNorm(), LowerRotary(), LowerAttention(packable=True),
-        LowerAttention(packable=False), LowerBiasGelu(),
+        UnpackAttention(), LowerCachedAttention(), LowerResidual(), LowerRmsNorm(), LowerRotary(),
+        LowerAttention(packable=True), LowerAttention(packable=False), LowerBiasGelu(),
     )  # fmt: skip
 
 

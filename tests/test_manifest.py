@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tilecut_runtime.cache_layout import CacheLayout
 from tilecut_runtime.errors import ArtifactError
 from tilecut_runtime.manifest import (
     DTYPES,
@@ -18,6 +19,7 @@ from tilecut_runtime.manifest import (
     FileEntry,
     Manifest,
     Rung,
+    Signature,
     TensorSpec,
     list_files,
     sha256,
@@ -38,6 +40,10 @@ MODEL = Manifest(
     verification=(Rung("hashes", "passed"), Rung("NPU", "not run", "needs one", 0.5, 1.0)),
     files={"model.onnx": FileEntry(5, "0" * 64), "ref/case_0.npz": FileEntry(7, "1" * 64)},
 )
+
+
+# Artifacts of before a field was there have none.
+OPTIONAL = ("format", "quantize", "generation", "module")
 
 
 def saved(folder, held):
@@ -140,7 +146,7 @@ def test_another_format_is_refused_before_it_is_read(tmp_path, other):
         Manifest.read(saved(tmp_path, other))
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Manifest) if f.name not in ("format", "quantize")])
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Manifest) if f.name not in OPTIONAL])
 def test_a_missing_field_is_named(tmp_path, held, name):
     del held[name]
     with pytest.raises(ArtifactError, match=f"malformed manifest.*{name}"):
@@ -154,6 +160,47 @@ def test_an_artifact_without_a_word_is_not_quantized(tmp_path, held):
     assert Manifest.read(saved(tmp_path, held)).quantize == "int8"
     held["quantize"] = 8
     with pytest.raises(ArtifactError, match="malformed manifest.*8 is no string"):
+        Manifest.read(saved(tmp_path, held))
+
+
+def generating():
+    """A manifest of a model with one cache."""
+    cache = [TensorSpec(f"{name}.0.key", "float32", ("batch", 2, "capacity", 8)) for name in ("past_key_values", "present")]
+    counts = [TensorSpec(name, "int64", ("batch",)) for name in ("past_lengths", "lengths")]
+    layout = CacheLayout("input_ids", "logits", {"past_key_values.0.key": "present.0.key"}, 64, (2,))
+    return dataclasses.replace(
+        MODEL,
+        inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")), *counts, cache[0]),
+        outputs=(TensorSpec("logits", "float32", ("batch", 1, 9)), cache[1]),
+        dims={**MODEL.dims, "capacity": DimRange(1, 64)},
+        generation=layout,
+        module=Signature(MODEL.inputs, MODEL.outputs, MODEL.dims, "tuple"),
+    )
+
+
+def test_a_cache_is_read_back(tmp_path):
+    made = generating()
+    made.write(tmp_path)
+    assert Manifest.read(tmp_path) == made
+    assert made.of_module.inputs == MODEL.inputs and MODEL.of_module is MODEL
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"tokens": "ids"}, "generation names 'ids', which the model does not have"),
+        ({"states": {"past_key_values.0.key": "present.7.key"}}, "generation names 'present.7.key'"),
+        ({"max_length": 0}, "generation has max_length 0"),
+        ({"eos": [-1]}, r"and eos \(-1,\)"),
+        ({"states": 3}, "malformed"),
+        ({"eos": None}, "malformed"),
+    ],
+)
+def test_a_damaged_cache_is_named(tmp_path, change, why):
+    generating().write(tmp_path)
+    held = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
+    held["generation"] |= change
+    with pytest.raises(ArtifactError, match=why):
         Manifest.read(saved(tmp_path, held))
 
 

@@ -12,7 +12,7 @@ import transformers as hf
 from checks import groups_of, randomise
 from moe_models import EXPERTS
 from test_models import made
-from tilecut import PruneConfig, compile_pruned
+from tilecut import PruneConfig, compile_pruned, from_pretrained, load
 from tilecut.make_cases import make_inputs
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
@@ -190,6 +190,36 @@ def test_a_plan_of_a_tied_model_applies_to_a_fresh_capture(tmp_path):
     inputs = batches(1)[0]
     with torch.no_grad():
         assert largest_error(artifact.module()(**inputs), fresh.run(inputs)) <= 1e-5
+
+
+def test_a_turned_model_in_transformers(tmp_path):
+    """Saved and loaded, although its config says that the tables are tied."""
+    model = made("llama_tied")[0]
+    config = PruneConfig(kinds=("hidden",), max_units={"hidden": 16}, sparsity=0.0, cache="")
+    artifact = compile_pruned(model, "edge", None, batches(), config, tmp_path / "out", measure=False)
+    inputs = batches(1)[0]
+    with torch.no_grad():
+        want = artifact.module()(**inputs)["logits"]
+        assert torch.equal(artifact.hf_model()(**inputs).logits, want)
+        artifact.hf_model().save_pretrained(tmp_path / "hf")
+        assert torch.equal(from_pretrained(tmp_path / "hf")(**inputs).logits, want)
+    assert (tmp_path / "hf" / ROTATIONS).read_bytes() == (tmp_path / "out" / ROTATIONS).read_bytes()
+
+
+def test_generation_with_a_turned_model(tmp_path):
+    model = made("llama_tied")[0]
+    config = PruneConfig(kinds=("hidden",), max_units={"hidden": 16}, sparsity=0.0, cache="")
+    artifact = compile_pruned(
+        model, "edge", None, batches(), config, tmp_path / "out", measure=False, generate=True, max_length=32
+    )
+    ids = batches(1)[0]["input_ids"][:2, :5]
+    module, want = artifact.module(), ids
+    with torch.no_grad():
+        for _ in range(8):
+            logits = module(input_ids=want, attention_mask=torch.ones_like(want))["logits"][:, -1:]
+            want = torch.cat([want, logits.argmax(-1)], 1)
+    got = load(tmp_path / "out").generate(ids.numpy(), max_new_tokens=8, eos=())
+    assert [list(row) for row in got.tokens] == want[:, 5:].tolist()
 
 
 def test_bad_bases_and_plans(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import tokenizers
 import transformers
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from checks import randomise, tiny_bert
 
@@ -23,6 +23,7 @@ def byte_tokenizer(known: bool = True) -> transformers.PreTrainedTokenizerFast:
         models.BPE({**special, **{c: i + len(special) for i, c in enumerate(letters)}}, [], unk_token="[UNK]")
     )
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
     made.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

@@ -257,7 +257,7 @@ def _reason(
     """Why tokens cannot be removed from these nodes, or None."""
     within, size = set(inside), sizes_of(value_of(streams[0]))
     borders = {(b.user, b.source): b.axes for b in axes.borders}
-    if mixing := [reason for node in inside if (reason := _mixes(node, dims))]:
+    if mixing := [reason for node in inside if (reason := mixes(node, dims))]:
         return mixing[0]
     for stream in streams:
         if value_of(stream).ndim != 3 or dims[stream] not in ((0,), (1,)):
@@ -283,7 +283,7 @@ def _as_long(value: Tensor, stream: fx.Node, dims: dict[fx.Node, tuple[int, ...]
     return any(symbols_of(size) & symbols_of(s) for s in sizes_of(value)) if symbols_of(size) else False
 
 
-def _mixes(node: fx.Node, dims: dict[fx.Node, tuple[int, ...]]) -> str | None:
+def mixes(node: fx.Node, dims: dict[fx.Node, tuple[int, ...]]) -> str | None:
     """Why an op may mix tokens, or None where it treats each alone."""
     op = node.target
     if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload) or is_call(node, ATTENTION, *LAYOUTS):

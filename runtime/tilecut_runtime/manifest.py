@@ -12,10 +12,11 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tilecut_runtime.cache_layout import CacheLayout
 from tilecut_runtime.errors import ArtifactError
 
 FORMAT = 1
@@ -70,6 +71,16 @@ class Rung:
             raise ValueError(f"Rung {self.name}: status {self.status!r} is none of passed, failed, not run")
 
 
+@dataclass(frozen=True)
+class Signature:
+    """Inputs, outputs and dynamic sizes of a model; `returns` as the manifest has it."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: dict[str, DimRange]
+    returns: str
+
+
 @dataclass
 class Manifest:
     """What `manifest.json` says."""
@@ -91,6 +102,18 @@ class Manifest:
     format: int = FORMAT
     # What was done to the written model last: a word such as int8.
     quantize: str | None = None
+    # How a model with a key-value cache generates.
+    generation: CacheLayout | None = None
+    # Of the module for PyTorch, where the deployed model's is another: a model with a cache is kept without one there.
+    module: Signature | None = None
+
+    @property
+    def of_module(self) -> Manifest:
+        """The manifest with the inputs, outputs and sizes of the module for PyTorch."""
+        if self.module is None:
+            return self
+        one = self.module
+        return replace(self, inputs=one.inputs, outputs=one.outputs, dims=one.dims, returns=one.returns)
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`."""
@@ -242,20 +265,25 @@ def _parse(held: dict[str, Any]) -> Manifest:
     tolerance = held["tolerance"]
     if isinstance(tolerance, bool) or not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance is {tolerance}")
-    dims = {
-        k: DimRange(count(v["min"]), None if v["max"] is None else count(v["max"])) for k, v in held["dims"].items()
-    }
-    for name, limits in dims.items():
-        if limits.max is not None and limits.min > limits.max:
-            raise ValueError(f"{name} is at least {limits.min} and at most {limits.max}")
-    inputs, outputs = specs(held["inputs"]), specs(held["outputs"])
-    if not outputs:
-        raise ValueError("outputs is empty")
-    for spec in (*inputs, *outputs):
-        # What is no identifier is an expression of names, such as 2*batch.
-        for size in spec.shape:
-            if isinstance(size, str) and size.isidentifier() and size not in dims:
-                raise ValueError(f"{spec.name} has a dynamic size {size} that dims lacks")
+    def signature(held: dict[str, Any]) -> Signature:
+        dims = {
+            k: DimRange(count(v["min"]), None if v["max"] is None else count(v["max"])) for k, v in held["dims"].items()
+        }
+        for name, limits in dims.items():
+            if limits.max is not None and limits.min > limits.max:
+                raise ValueError(f"{name} is at least {limits.min} and at most {limits.max}")
+        inputs, outputs = specs(held["inputs"]), specs(held["outputs"])
+        if not outputs:
+            raise ValueError("outputs is empty")
+        for spec in (*inputs, *outputs):
+            # What is no identifier is an expression of names, such as 2*batch.
+            for size in spec.shape:
+                if isinstance(size, str) and size.isidentifier() and size not in dims:
+                    raise ValueError(f"{spec.name} has a dynamic size {size} that dims lacks")
+        return Signature(inputs, outputs, dims, text(held["returns"]))
+
+    own = signature(held)
+    inputs, outputs = own.inputs, own.outputs
     return Manifest(
         target=text(held["target"]),
         runtime=text(held["runtime"]),
@@ -263,10 +291,14 @@ def _parse(held: dict[str, Any]) -> Manifest:
         entry={k: text(v) for k, v in held["entry"].items()},
         inputs=inputs,
         outputs=outputs,
-        dims=dims,
-        returns=text(held["returns"]),
+        dims=own.dims,
+        returns=own.returns,
         tolerance=float(tolerance),
         quantize=None if held.get("quantize") is None else text(held["quantize"]),
+        generation=None
+        if held.get("generation") is None
+        else CacheLayout.parse(held["generation"], tuple(i.name for i in inputs), tuple(o.name for o in outputs)),
+        module=None if held.get("module") is None else signature(held["module"]),
         tools={k: text(v) for k, v in held["tools"].items()},
         created=text(held["created"]),
         verification=tuple(rung(r) for r in held["verification"]),

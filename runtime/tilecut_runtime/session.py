@@ -1,4 +1,4 @@
-"""`load` an artifact and run it: numpy (or DLPack) in, numpy out, by name.
+"""`load` an artifact and run it: numpy (or DLPack) in, numpy out, by name; or generate, token ids or texts in and out.
 
 `load` reads the manifest, checks the hashes of the files it is about to use and opens the session that the manifest's
 `runtime` names. Inputs are checked against the manifest before the runtime sees them, so that a wrong name, dtype,
@@ -7,14 +7,19 @@ rank or size gives one error that says which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tilecut_runtime.errors import ArtifactError, InputError, first_line
+from tilecut_runtime.generate import Generated, Step, generate, request_of, steps_of
 from tilecut_runtime.manifest import DimRange, Manifest, TensorSpec
+from tilecut_runtime.onnx_decoder import OnnxDecoder
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 MAX_THREADS = 1024
 # One checked batch in, the outputs in the manifest's order out.
@@ -22,11 +27,22 @@ Runner = Callable[[dict[str, np.ndarray]], Sequence[Any]]
 
 
 class Session:
-    """A loaded artifact. `run` checks its inputs; `inputs` and `outputs` describe them; `how` says what runs."""
+    """A loaded artifact. `run` checks its inputs; `inputs` and `outputs` describe them; `how` says what runs.
 
-    def __init__(self, path: Path, manifest: Manifest, runner: Runner, device: str, how: str = "onnxruntime"):
+    `generate` and `stream` are for artifacts that were compiled with `generate=True`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        runner: Runner,
+        device: str,
+        how: str = "onnxruntime",
+        decoder: OnnxDecoder | None = None,
+    ):
         self.path, self.manifest, self.device, self.how = path, manifest, device, how
-        self._runner = runner
+        self._runner, self._decoder = runner, decoder
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -79,6 +95,80 @@ class Session:
         from tilecut_runtime.run_many import run_many
 
         return run_many(self, inputs, max_tokens, padding)
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Any = (),
+        eos: Any = None,
+        seed: int | None = None,
+        **unknown: Any,
+    ) -> Generated:
+        """Continue prompts.
+
+        Args:
+            input_ids: ids [B, S] or [S], rows of ids of unequal lengths, a text or several texts.
+            attention_mask: which ids are real, [B, S]; padding is on the left or on the right. None: all of them.
+            max_new_tokens: of every row; a row also ends where the model has no position left.
+            temperature: logits are divided by it before one is drawn; 0 takes the most likely token.
+            top_k: only so many most likely tokens are drawn from.
+            top_p: only the most likely tokens that together have this probability are drawn from.
+            repetition_penalty: by which logits of tokens that a row holds are made smaller (Keskar et al.,
+                arXiv 1909.05858); 1 leaves them.
+            stop: ids and strings that end a row, one or several; strings need the artifact's tokenizer.json.
+            eos: ids that end a row; None takes the model's own.
+            seed: of the draws; a row's draws do not depend on the other rows. None draws anew every time.
+
+        Raises:
+            InputError: what cannot be continued, or an option that is none.
+        """
+        request = request_of(
+            self, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, eos, seed,
+            unknown,
+        )  # fmt: skip
+        return generate(self.decoder, request)
+
+    def stream(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Any = (),
+        eos: Any = None,
+        seed: int | None = None,
+        **unknown: Any,
+    ) -> Iterator[Step]:
+        """`generate`, token by token."""
+        request = request_of(
+            self, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, eos, seed,
+            unknown,
+        )  # fmt: skip
+        return steps_of(self.decoder, request)
+
+    @property
+    def decoder(self) -> OnnxDecoder:
+        """What runs steps with a cache.
+
+        Raises:
+            InputError: the artifact has no cache.
+        """
+        if self._decoder is None:
+            raise InputError(
+                "Session.generate", f"{self.path.name} was compiled without a cache", fix="compile it with generate=True"
+            )
+        return self._decoder
 
     def __repr__(self) -> str:
         inputs = "; ".join(map(str, self.inputs))
@@ -192,7 +282,9 @@ def _check_one(
 
 def _open_onnxruntime(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
     _check_cpu(folder, manifest, device)
-    return Session(folder, manifest, onnx_runner(folder, manifest, "model", threads), "cpu")
+    session = open_onnx(folder, manifest, "model", threads)
+    decoder = None if manifest.generation is None else OnnxDecoder(session, manifest, manifest.generation)
+    return Session(folder, manifest, runner_of(session, manifest), "cpu", decoder=decoder)
 
 
 def _open_openvino(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
@@ -222,7 +314,14 @@ def _check_cpu(folder: Path, manifest: Manifest, device: str | None) -> None:
 def onnx_runner(
     folder: Path, manifest: Manifest, entry: str, threads: int | None, rest: bool = False, lean: bool = False
 ) -> Runner:
-    """A runner over onnxruntime's CPU provider for one of the artifact's ONNX files.
+    """A runner over onnxruntime's CPU provider for one of the artifact's ONNX files; see `open_onnx`."""
+    return runner_of(open_onnx(folder, manifest, entry, threads, rest, lean), manifest)
+
+
+def open_onnx(
+    folder: Path, manifest: Manifest, entry: str, threads: int | None, rest: bool = False, lean: bool = False
+) -> onnxruntime.InferenceSession:
+    """A session of onnxruntime's CPU provider over one of the artifact's ONNX files, of checked hashes, inputs and outputs.
 
     Args:
         lean: weights that lie beside the file stay there, mapped into memory: the session makes no copies of them in the
@@ -265,6 +364,11 @@ def onnx_runner(
                 wanted=wants,
                 fix="compile it again",
             )
+    return session
+
+
+def runner_of(session: onnxruntime.InferenceSession, manifest: Manifest) -> Runner:
+    """A session as a runner of the manifest's outputs."""
     wanted = [spec.name for spec in manifest.outputs]
 
     def run(arrays: dict[str, np.ndarray]) -> Sequence[Any]:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from tilecut_passes.add_cache import CACHED_ATTENTION
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.calibration import Batch
@@ -160,6 +161,14 @@ class Target(ABC):
         """All passes from a legal graph to the fused one that `lowering` starts from."""
         return (FuseAttention(self.packed), *self.fusions)
 
+    def caching(self, max_length: int | None = None) -> tuple[Pass, ...]:
+        """Passes from the fused graph of a decoder to one that goes on from a key-value cache of `max_length` places at most.
+
+        Raises:
+            ConfigError: the target has no such models.
+        """
+        raise ConfigError("generate", "the target writes no models that generate", got=str(self), wanted="edge")
+
     @property
     @abstractmethod
     def lowering(self) -> tuple[Pass, ...]:
@@ -231,8 +240,8 @@ class Target(ABC):
 
 
 def count_attentions(graph: Graph) -> int:
-    """How many attentions a fused graph has, dense and packed."""
-    return sum(is_call(n, torch.ops.tilecut.attention.default, PACKED_ATTENTION) for n in graph.nodes)
+    """How many attentions a fused graph has, dense, packed and with a cache."""
+    return sum(is_call(n, torch.ops.tilecut.attention.default, PACKED_ATTENTION, CACHED_ATTENTION) for n in graph.nodes)
 
 
 def rung(name: str, figure: float, limit: float, detail: str) -> Rung:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tilecut_passes.graph import Graph
-from tilecut_passes.plan import PrunePlan
+from tilecut_passes.plan import ROTATIONS, PrunePlan
 from tilecut_runtime.errors import ArtifactError, PlanError
 from tilecut_runtime.manifest import Manifest, Rung, read_json
 from tilecut_runtime.reference import read_cases
@@ -29,7 +29,7 @@ class Artifact:
     @cached_property
     def plan(self) -> PrunePlan:
         """Which units stayed."""
-        self.manifest.check_files(self.path, [PLAN])
+        self.manifest.check_files(self.path, [PLAN, *(name for name in (ROTATIONS,) if name in self.manifest.files)])
         try:
             return PrunePlan.read(self.path / PLAN)
         except PlanError as e:
@@ -65,7 +65,7 @@ class Artifact:
         from tilecut_passes.read_graph import read_graph
 
         self.manifest.check_files(self.path, [MODULE, WEIGHTS])
-        return read_graph(self.path / MODULE, self.path / WEIGHTS, self.manifest)
+        return read_graph(self.path / MODULE, self.path / WEIGHTS, self.manifest.of_module)
 
     def module(self) -> Any:
         """The pruned model as a trainable `nn.Module` with weights of its own.
@@ -76,7 +76,7 @@ class Artifact:
         from tilecut.pruned_module import PrunedModule
 
         self.manifest.check_files(self.path, [MODULE, WEIGHTS])
-        return PrunedModule(read_program(self.path / MODULE, self.path / WEIGHTS), self.manifest)
+        return PrunedModule(read_program(self.path / MODULE, self.path / WEIGHTS), self.manifest.of_module)
 
     def hf_model(self) -> Any:
         """The pruned model as a `PreTrainedModel` of its original class, for pipelines, `generate` and `Trainer`.

@@ -53,7 +53,7 @@ class Subject:
     Attributes:
         name: of the artifact, in tables.
         title: of the model, before its peers' names.
-        graph: None without torch.
+        graph: None without torch, and of a model with a cache, which is timed on prompts that fill empty ones.
     """
 
     name: str
@@ -243,7 +243,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _subject(folder: Path, name: str, title: str) -> Subject:
     subject = Subject(name, title, folder, Manifest.read(folder))
-    if importlib.util.find_spec("torch") is not None:
+    # The module of a model with a cache has none: it takes other inputs.
+    if importlib.util.find_spec("torch") is not None and subject.manifest.generation is None:
         from tilecut.artifact import Artifact
 
         subject.graph = Artifact(folder).graph()

@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,13 +19,15 @@ from rich.console import Console
 
 from tilecut import __version__, cli_inputs, cli_toolchain, show
 from tilecut.cli_config import BUDGET, make_config, takes_config
-from tilecut_runtime.errors import ArtifactError, TilecutError, VerificationError
+from tilecut_runtime.errors import ArtifactError, InputError, TilecutError, VerificationError
+from tilecut_runtime.generate import Step
 from tilecut_runtime.manifest import Manifest, Rung, read_json
 from tilecut_runtime.session import MAX_THREADS, load
 
 FAILED, UNVERIFIED = 1, 3
 # No peers.
 NONE = "none"
+GENERATION = "Generation"
 
 app = typer.Typer(
     add_completion=False,
@@ -92,6 +95,12 @@ def compile_(
         float | None,
         typer.Option(help="milliseconds of one run, by the target's cost model", rich_help_panel=BUDGET),
     ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="a decoder with a key-value cache, for `tilecut run --prompt`")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(help="tokens of a text, the prompt's included; default: the model's positions")
+    ] = None,
     measure: Annotated[bool, typer.Option(help="measure latency against the dense model")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -107,6 +116,8 @@ def compile_(
             calibration=calibration,
             config=None if dense else config,
             output=output,
+            generate=generate,
+            max_length=max_length,
             measure=measure,
             progress=progress,
         )
@@ -274,12 +285,37 @@ def run(
         list[str] | None, typer.Option(help="a text, tokenized with the artifact's tokenizer; may be repeated")
     ] = None,
     outputs: Annotated[Path | None, typer.Option(help=".npz file to write the outputs to")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="a text to continue; of an artifact compiled with --generate", rich_help_panel=GENERATION)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="at most so many", rich_help_panel=GENERATION)] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the most likely token", rich_help_panel=GENERATION)] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from so many tokens", rich_help_panel=GENERATION)] = None,
+    top_p: Annotated[float | None, typer.Option(help="draw from so much probability", rich_help_panel=GENERATION)] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1: fewer repetitions", rich_help_panel=GENERATION)] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="a text that ends it; repeatable", rich_help_panel=GENERATION)] = None,
+    seed: Annotated[int | None, typer.Option(help="of the draws", rich_help_panel=GENERATION)] = None,
     device: Device = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run an artifact on arrays or texts."""
+    """Run an artifact on arrays or texts, or let it continue a prompt."""
     session = load(folder, device, threads)
+    if prompt is not None:
+        if inputs is not None or text or outputs is not None:
+            raise InputError("tilecut run", "--prompt goes with none of --inputs, --text, --outputs")
+        steps = session.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop or (),
+            seed=seed,
+        )
+        _continue(steps, as_json)
+        return
     results = session.run(cli_inputs.read_inputs(session, inputs, text))
     if outputs is not None:
         cli_inputs.write_outputs(outputs, results)
@@ -287,6 +323,18 @@ def run(
         print(json.dumps({"outputs": {k: {"dtype": v.dtype.name, "shape": list(v.shape)} for k, v in results.items()}}))
     else:
         show.results(out, results)
+
+
+def _continue(steps: Iterator[Step], as_json: bool) -> None:
+    """Print a text as it comes."""
+    text, count, reason = "", 0, None
+    for step in steps:
+        piece = step.texts[0] if step.texts else ""
+        text, count, reason = text + piece, count + 1, step.reasons[0]
+        if not as_json:
+            # What was asked for, as it is: no markup, no wrapping.
+            print(piece, end="", flush=True)
+    print(json.dumps({"text": text, "tokens": count, "reason": reason}) if as_json else "")
 
 
 @app.command()

@@ -19,9 +19,11 @@ from tilecut.copy_companions import copy_companions
 from tilecut.cut_model import CutModel, cut_model
 from tilecut.describe_machine import tool_versions
 from tilecut.make_cases import make_cases, make_inputs
+from tilecut.make_step_cases import make_step_cases
 from tilecut.measure_fidelity import measure_fidelity
 from tilecut.measure_latency import measure_latency
 from tilecut.measure_quantized import measure_quantized
+from tilecut.plan_generation import check_generation, layout_of, with_cache
 from tilecut.prepare import Prepared, prepare
 from tilecut.progress import Progress
 from tilecut.report import build_report, write_report
@@ -32,7 +34,7 @@ from tilecut_passes.graph import Graph
 from tilecut_passes.prune import as_cut
 from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_runtime.errors import ConfigError, VerificationError
-from tilecut_runtime.manifest import Manifest, list_files
+from tilecut_runtime.manifest import Manifest, Signature, list_files
 from tilecut_runtime.reference import write_cases
 from tilecut_runtime.torch_program import WEIGHTS, save_program, tensors_of
 from tilecut_targets.export_program import export_program
@@ -50,6 +52,8 @@ def compile_pruned(
     *,
     dynamic_shapes: DynamicDims | None = None,
     passes: Sequence[Pass] = (),
+    generate: bool = False,
+    max_length: int | None = None,
     measure: bool = True,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -67,6 +71,8 @@ def compile_pruned(
         output: the artifact's folder; default "<model>-<target>". An artifact that is there is replaced.
         dynamic_shapes: input name -> dimension -> name of the dynamic size; None guesses.
         passes: passes of your own, run on the legal graph before fusion.
+        generate: a decoder with a key-value cache, for `Session.generate` (docs/generation.md).
+        max_length: how many tokens a text may have then, the prompt's included; None: as many as the model has positions.
         measure: measure latency against the dense model (targets that run here).
         progress: told of stages and steps.
 
@@ -82,10 +88,11 @@ def compile_pruned(
     progress = progress or Progress()
     chosen_config = find_config(config)
     chosen_target = find_target(target).quantized(chosen_config.quantize if chosen_config is not None else None)
+    check_generation(generate, max_length, chosen_target)
     path = check_output(default_output(model, chosen_target) if output is None else output)
     made = prepare(model, chosen_target, example_inputs, calibration, chosen_config, dynamic_shapes, progress)
     cut = cut_model(made, chosen_config, progress)
-    return emit(made, cut, chosen_config, path, passes, measure, progress)
+    return emit(made, cut, chosen_config, path, passes, measure, progress, generate, max_length)
 
 
 def emit(
@@ -96,10 +103,13 @@ def emit(
     passes: Sequence[Pass],
     measure: bool,
     progress: Progress,
+    generate: bool = False,
+    max_length: int | None = None,
 ) -> Artifact:
     """Legalize, fuse, lower and write a cut model, verify what was written, and report.
 
     Raises:
+        LoweringError: `generate`, and the model is no decoder that a cache can stand for.
         VerificationError: the written files do not give what the pruned model gives; nothing is left behind.
     """
     target, pruned, plan = made.target, cut.graph, cut.choice.plan
@@ -113,6 +123,12 @@ def emit(
         fused = pruned.copy()
         records += run_passes(fused, target.fusing, check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
         fused.ranges = served.ranges
+    layout = None
+    if generate:
+        with progress.stage("cache"):
+            fused, cached = with_cache(fused, target, max_length)
+            records += cached
+            served, layout = fused, layout_of(fused, made.model)
     with progress.stage("choose forms"):
         kept = (config or PruneConfig()).cache_folder
         target = target.decided(fused, {**AT, **plan.at}, measure, kept, progress.step)
@@ -126,7 +142,12 @@ def emit(
             _write_module(pruned, folder)
             plan.write(folder / PLAN)
             copy_companions(made.model, folder)
-            cases = make_cases(served, seed=config.seed if config else 0)
+            seed = config.seed if config else 0
+            if layout is None:
+                cases = make_cases(served, seed=seed)
+            else:
+                cases, steps = make_step_cases(pruned, served, layout, seed)
+                rungs.append(steps)
             write_cases(cases, folder)
         if target.quantize is not None:
             with progress.stage("quantize"):
@@ -142,11 +163,13 @@ def emit(
                 served.input_specs(),
                 served.output_specs(),
                 served.ranges,
-                pruned.returns,
+                served.returns,
                 target.limit,
                 tool_versions(),
                 datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 quantize=target.quantize,
+                generation=layout,
+                module=None if layout is None else _signature(pruned),
                 files=list_files(folder),
             )
             rungs += target.verify(folder, manifest, cases)
@@ -206,6 +229,10 @@ def _remedy(target: Target) -> str:
     if target.quantize is not None:
         return "quantize less: 'int8' loses less than 'int4', 'fp16' least"
     return "compute in bf16 or float32" if target.rounds else "please report the model"
+
+
+def _signature(pruned: Graph) -> Signature:
+    return Signature(pruned.input_specs(), pruned.output_specs(), dict(pruned.ranges), pruned.returns)
 
 
 def _write_module(pruned: Graph, folder: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tilecut.measure_fidelity import measure_fidelity
 from tilecut.prepare import Prepared
+from tilecut.whole_texts import WholeTexts
 from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph
 from tilecut_passes.plan import PrunePlan
@@ -36,7 +37,8 @@ def measure_quantized(
 ) -> dict[str, dict[str, Any]]:
     """Fidelity of the quantized artifact, to the pruned model in float32 and to the dense one, on the batches held out."""
     assert made.calibrated is not None
-    artifact = _Artifact(RUNTIMES[manifest.runtime](folder, manifest, None, None))
+    session = RUNTIMES[manifest.runtime](folder, manifest, None, None)
+    artifact = _Artifact(session) if manifest.generation is None else WholeTexts(session)
     cut = as_cut(made.dense, plan)
     held_out, general = made.calibrated.held_out, made.calibrated.general
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tilecut.artifact import MODULE, PLAN, Artifact
 from tilecut.save_pretrained import ENTRY, FORMAT
-from tilecut_passes.plan import PrunePlan
+from tilecut_passes.plan import ROTATIONS, PrunePlan
 from tilecut_runtime.errors import ArtifactError, PlanError, first_line
 from tilecut_runtime.manifest import MANIFEST, TensorSpec, read_json
 from tilecut_runtime.torch_program import WEIGHTS, read_program
@@ -69,10 +69,11 @@ def of_artifact(artifact: Artifact) -> Any:
             f"{manifest.model} is no model of transformers: the artifact holds no {CONFIG}",
             fix="artifact.module() is the pruned model as a plain nn.Module",
         )
-    names = [CONFIG, MODULE, PLAN, WEIGHTS, *([GENERATION] if GENERATION in manifest.files else [])]
+    names = [CONFIG, MODULE, PLAN, WEIGHTS, *(name for name in (GENERATION, ROTATIONS) if name in manifest.files)]
     manifest.check_files(artifact.path, names)
     program, plan = ((artifact.path / name).read_bytes() for name in (MODULE, PLAN))
-    source = _make_source(manifest.model, manifest.inputs, manifest.outputs, program, plan)
+    seen = manifest.of_module
+    source = _make_source(manifest.model, seen.inputs, seen.outputs, program, plan, _rotations(artifact.path))
     return _open(artifact.path, source)
 
 
@@ -114,7 +115,12 @@ def _source(folder: Path, entry: dict[str, Any]) -> Source:
                 f"not the file that {CONFIG} was written with",
                 fix="keep the files of one save_pretrained together",
             )
-    return _make_source(model, inputs, outputs, program, plan)
+    return _make_source(model, inputs, outputs, program, plan, _rotations(folder))
+
+
+def _rotations(folder: Path) -> bytes | None:
+    path = folder / ROTATIONS
+    return path.read_bytes() if path.is_file() else None
 
 
 def _open(folder: Path, source: Source) -> Any:

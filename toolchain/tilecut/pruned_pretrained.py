@@ -41,7 +41,7 @@ HANDLED = ("return_dict", "use_cache", "logits_to_keep", "num_items_in_batch", "
 class Source:
     """What a pruned model is made of, apart from its weights: what `save_pretrained` writes again.
 
-    `program` and `plan` are the contents of module.pt2 and plan.json.
+    `program` and `plan` are the contents of module.pt2 and plan.json, `rotations` of the plan's rotations.safetensors.
     """
 
     model: str
@@ -49,6 +49,7 @@ class Source:
     outputs: tuple[TensorSpec, ...]
     program: bytes
     plan: bytes
+    rotations: bytes | None = None
 
 
 class PrunedPretrained:

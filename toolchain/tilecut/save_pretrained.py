@@ -4,6 +4,7 @@
     config.json              the original's config, and under "tilecut" the graph's inputs and outputs
     generation_config.json   where the model generates
     plan.json                which units of which group stayed
+    rotations.safetensors    what turned hidden widths, where the plan names any
     module.pt2               the graph, without weights
 
 Hashes tie plan and graph together. Weights have none: they may be trained on, and have to fit the graph alone.
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from tilecut.artifact import MODULE, PLAN
 from tilecut.write_weights import write_weights
+from tilecut_passes.plan import ROTATIONS
 from tilecut_runtime.errors import ArtifactError
 from tilecut_runtime.torch_program import WEIGHTS
 
@@ -51,6 +53,11 @@ def save_pretrained(model: Any, source: Source, folder: Path, state: Mapping[str
     held = {MODULE: source.program, PLAN: source.plan}
     for name, content in held.items():
         (folder / name).write_bytes(content)
+    # plan.json has its hash.
+    if source.rotations is not None:
+        (folder / ROTATIONS).write_bytes(source.rotations)
+    else:
+        (folder / ROTATIONS).unlink(missing_ok=True)
     config = copy.deepcopy(model.config)
     config.architectures = [source.model]
     entry = {

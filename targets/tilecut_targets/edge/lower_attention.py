@@ -89,7 +89,7 @@ class LowerAttention:
             else:
                 bias = _with_window(graph, node, _once(graph, node, a["bias"], biases, finite), windows)
                 folded = _separate(graph, node, a, mask, bias)
-            _replace(graph, node, folded)
+            put_folded(graph, node, folded)
             count += 1
         return count
 
@@ -204,7 +204,7 @@ def _once(
     return made[operand]
 
 
-def _replace(graph: Graph, node: fx.Node, folded: fx.Node) -> None:
+def put_folded(graph: Graph, node: fx.Node, folded: fx.Node) -> None:
     """Give the users of [B, H, S, E] the folded [B, S, H*E]; the usual transpose and reshape back disappear."""
     heads, width = value_of(node).shape[1], value_of(node).shape[3]
     for user in list(node.users):

@@ -3,7 +3,8 @@
 Before: tilecut::rotary(x [B, H, S, D], cos, sin [B|1, 1, S, D]), or x [B, S, H, D] and tables [B|1, S, 1, D].
 After: RotaryEmbedding(x, positions, cos, sin), with tables half as wide: the op wants one number a pair. Where x is a
 linear layer's output with its heads set apart, the op works on [B, S, H*D] and they are set apart behind it, where
-attention folds them again. Tables are cut once for all embeddings that share them.
+attention folds them again. Tables are cut once for all embeddings that share them; those that hold rows of a constant table
+at positions [B, S] (`tabulate_positions.py`) are that table, cut at compile time, and the op reads the positions.
 Left alone, with the reason in `graph.refusals`: tables of other shapes, such as one for every head, and those whose pairs
 are not seen to hold one number each.
 """
@@ -29,6 +30,7 @@ from tilecut_passes.graph import (
     swaps_heads,
     value_of,
 )
+from tilecut_passes.tabulate_positions import half_of_pairs, table_behind
 from tilecut_targets.edge import ort_ops
 
 aten = torch.ops.aten
@@ -62,7 +64,15 @@ class LowerRotary:
         count = 0
         made: dict[tuple[fx.Node, bool], fx.Node] = {}
         places: dict[fx.Node, fx.Node] = {}
+        halves: dict[tuple[fx.Node, bool], fx.Node] = {}
         for node in [n for n in graph.nodes if is_call(n, torch.ops.tilecut.rotary.default)]:
+            if (tables := _tabulated(graph, node, halves)) is not None:
+                with calls_before(graph, node) as call:
+                    result = _embedded(call, node, source(node), tables, bool(node.kwargs["interleaved"]))
+                node.replace_all_uses_with(result)
+                graph.fx.erase_node(node)
+                count += 1
+                continue
             if reason := self.match(node):
                 graph.refusals.append(Refusal("LowerRotary", node.name, reason))
                 continue
@@ -80,6 +90,23 @@ class LowerRotary:
             graph.fx.erase_node(node)
             count += 1
         return count
+
+
+def _tabulated(
+    graph: Graph, node: fx.Node, halves: dict[tuple[fx.Node, bool], fx.Node]
+) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Positions and halved tables of an embedding by rows of constant tables; None for others."""
+    read = [found for i in (1, 2) if (found := table_behind(source(node, i))) is not None]
+    if _heads(node) is None or len(read) != 2 or read[0][1] is not read[1][1]:
+        return None
+    interleaved = bool(node.kwargs["interleaved"])
+    for table, _ in read:
+        half = half_of_pairs(graph.tensor(str(table.target)).detach(), interleaved)
+        if half is None:
+            return None
+        if (table, interleaved) not in halves:
+            halves[table, interleaved] = graph.add_tensor(f"{table.target}_half", half)
+    return read[0][1], halves[read[0][0], interleaved], halves[read[1][0], interleaved]
 
 
 def pair_chain(table: fx.Node, interleaved: bool) -> set[fx.Node] | None:

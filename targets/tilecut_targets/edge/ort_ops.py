@@ -5,6 +5,8 @@ Specification: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOp
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,4 +83,52 @@ def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: 
         dtype=x.dtype,
         shape=x.shape,
         version=1,
+    )
+
+
+def group_query_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    past_key: Tensor,
+    past_value: Tensor,
+    seqlens_k: Tensor,
+    total: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    interleaved: bool,
+) -> list[Tensor]:
+    """com.microsoft::GroupQueryAttention: causal attention over a cache, which may be shared by past and present.
+
+    q [B, S, Hq*D], k and v [B, S, Hk*D]; or q [B, S, (Hq+2*Hk)*D] alone, packed. past_key, past_value [B, Hk, C, D].
+    seqlens_k int32 [B], tokens in the cache after the step minus one; total int32 [], the largest number of them. cos, sin
+    [positions, D/2]: rotary embedding in the op. window: how far a query looks back, -1 without bound.
+    -> [B, S, Hq*D], present_key, present_value. With several tokens behind a past, onnxruntime takes one row only.
+    """
+    width = past_key.shape[3]
+    attrs: dict[str, Any] = {
+        "num_heads": num_heads,
+        "kv_num_heads": kv_heads,
+        "scale": scale,
+        "local_window_size": window + 1 if window >= 0 else -1,
+    }
+    attrs |= {"softcap": softcap} if softcap else {}
+    inputs: tuple[Tensor | None, ...] = (q, k, v, past_key, past_value, seqlens_k, total)
+    if cos is not None:
+        attrs |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
+        inputs = (*inputs, cos, sin)
+    return list(
+        torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            inputs,
+            attrs=attrs,
+            dtypes=(q.dtype, past_key.dtype, past_value.dtype),
+            shapes=((*q.shape[:2], num_heads * width), past_key.shape, past_value.shape),
+            version=1,
+        )
     )

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import onnx
 
+from tilecut_passes.add_cache import AddCache
 from tilecut_passes.axes.groups import Group
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.calibration import Batch
@@ -30,11 +31,12 @@ from tilecut_targets.edge.describe_emission import describe_emission
 from tilecut_targets.edge.forms import Forms, write_forms
 from tilecut_targets.edge.gemm_floor import products_runner, write_products
 from tilecut_targets.edge.measure_layers import measure_layers
+from tilecut_targets.edge.pad_heads import PadHeads
 from tilecut_targets.edge.quantize_onnx import CALIBRATED, QUANTIZATIONS, quantize_onnx
 from tilecut_targets.target import Contenders, Target, Written, count_attentions
 
 MODEL = "model.onnx"
-FUSED_ATTENTION = ("Attention", "MultiHeadAttention", "QAttention")
+FUSED_ATTENTION = ("Attention", "MultiHeadAttention", "QAttention", "GroupQueryAttention")
 # Part of a transformer -> why it has the form that is emitted.
 WHY = {
     "attention": "com.microsoft's fused ops of onnxruntime's CPU provider, or the standard's: one node a layer, QKV packed at "
@@ -67,6 +69,10 @@ class EdgeTarget(Target):
     def fusions(self) -> tuple[Pass, ...]:
         """RMS norms and rotary embeddings, which have forms of their own."""
         return (FuseRmsNorm(), FuseRotary())
+
+    def caching(self, max_length: int | None = None) -> tuple[Pass, ...]:
+        """A cache whose heads GroupQueryAttention takes."""
+        return (PadHeads(), AddCache(max_length))
 
     @property
     def forms(self) -> Forms:
@@ -117,7 +123,7 @@ class EdgeTarget(Target):
 
     def contenders(self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path) -> Contenders:
         """The dense model by this very path, as torch exports it, and after onnxruntime's own transformer optimizer."""
-        return contend(self.fusing, self.forms, dense, folder / MODEL, threads, scratch)
+        return contend(self.fusing, self.forms, dense, folder / MODEL, threads, scratch, manifest)
 
     def floor(self, pruned: Graph, at: Mapping[str, int], scratch: Path) -> Callable[[Arrays], object] | None:
         """The products in float32, whatever the artifact is quantized to."""

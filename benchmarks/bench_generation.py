@@ -1,0 +1,217 @@
+"""Decoding with a key-value cache on one thread: dense and cut by half, float32 and int4, beside torch and onnxruntime-genai.
+
+    python benchmarks/bench_generation.py [--rounds 20] [--tokens 128 512] [--genai FOLDER] [--tiny]
+
+A random model of LLaMA's make: 8 layers, 512 wide, 8 heads on 2 KV groups. A round lets every contender read a prompt of so
+many tokens and decode a few behind it; a contender's figure is the median over rounds of its median step, in CPU time.
+onnxruntime-genai is installed from PyPI into an environment of its own in FOLDER, which reads torch and transformers from
+this one; without --genai it is left out. --tiny is for trying the script out.
+
+Writes results/generation.json and prints the rows of RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers
+
+from demo import console
+from tilecut import PruneConfig, compile_pruned, load
+from tilecut.describe_machine import machine
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "generation.json"
+STEPS = 16
+# Tokens of a prompt, steps -> CPU milliseconds of the prompt and of a step.
+Contender = Callable[[int, int], tuple[float, float]]
+
+
+def make_model(folder: Path, tiny: bool) -> Any:
+    """The model, saved as a Hugging Face folder too, with a tokenizer of single bytes: genai's builder wants one."""
+    layers, width, words = (2, 64, 500) if tiny else (8, 512, 32000)
+    config = transformers.LlamaConfig(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64 * 2 if tiny else 8,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    letters = {letter: i + 3 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = tokenizers.Tokenizer(models.BPE({"<pad>": 0, "<s>": 1, "</s>": 2, **letters}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made.save_pretrained(folder)
+    return model
+
+
+def tilecut_contender(model: Any, folder: Path, sparsity: float, quantize: str | None) -> Contender:
+    """An artifact, stepped by its decoder: what `Session.generate` runs, without choosing tokens."""
+    config = PruneConfig(sparsity=sparsity, method="magnitude", reconstruct=False, quantize=quantize)
+    with warnings.catch_warnings():
+        # There are no data on purpose.
+        warnings.simplefilter("ignore", UserWarning)
+        artifact = compile_pruned(model, config=config, output=folder, generate=True, measure=False)
+    decoder = load(artifact.path, threads=1).decoder
+
+    def run(tokens: int, steps: int) -> tuple[float, float]:
+        decoding = decoder.start(1, tokens + steps)
+        prompt, lengths, one = np.arange(3, 3 + tokens)[None], np.array([tokens]), np.ones(1, np.int64)
+        start = time.process_time()
+        decoding.step(prompt, lengths)
+        prefill, times = time.process_time() - start, []
+        decoding.accept(lengths)
+        for i in range(steps):
+            start = time.process_time()
+            decoding.step(prompt[:, i : i + 1], one)
+            times.append(time.process_time() - start)
+            decoding.accept(one)
+        return prefill * 1e3, statistics.median(times) * 1e3
+
+    return run
+
+
+def torch_contender(model: Any) -> Contender:
+    """transformers with its own cache, in torch eager."""
+
+    def run(tokens: int, steps: int) -> tuple[float, float]:
+        ids = torch.arange(3, 3 + tokens)[None]
+        with torch.no_grad():
+            start = time.process_time()
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            prefill, times = time.process_time() - start, []
+            for i in range(steps):
+                start = time.process_time()
+                out = model(input_ids=ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+                times.append(time.process_time() - start)
+        return prefill * 1e3, statistics.median(times) * 1e3
+
+    return run
+
+
+class Genai:
+    """onnxruntime-genai in a process of its own environment."""
+
+    def __init__(self, python: Path, model: Path, output: Path, precision: str):
+        command = [str(python), str(HERE / "genai_worker.py"), str(model), str(output), precision]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.why = self._line()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip() or "it ended without a word"
+
+    def __call__(self, tokens: int, steps: int) -> tuple[float, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{tokens} {steps}\n")
+        self.process.stdin.flush()
+        prefill, step = self._line().split()
+        return float(prefill), float(step)
+
+
+def genai_python(folder: Path) -> Path:
+    """The interpreter of an environment with onnxruntime-genai, made where there is none.
+
+    Raises:
+        CalledProcessError: pip cannot install it.
+    """
+    python = folder / "bin" / "python"
+    if not python.is_file():
+        venv.create(folder, with_pip=True)
+        (site,) = (folder / "lib").glob("python*/site-packages")
+        # Behind its own packages, those of this environment: the builder needs torch and transformers.
+        (site / "beside.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "onnxruntime-genai"], check=True)
+    return python
+
+
+def find_contenders(scratch: Path, genai: Path | None, tiny: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Contenders by name, and why others are missing."""
+    model = make_model(scratch / "model", tiny)
+    found: dict[str, Contender] = {"torch eager": torch_contender(model)}
+    missing: dict[str, str] = {}
+    for sparsity in (0.0, 0.5):
+        for quantize in (None, "int4"):
+            name = f"tilecut {quantize or 'fp32'}{', cut by half' if sparsity else ''}"
+            with console.status(f"compile {name}"):
+                found[name] = tilecut_contender(model, scratch / f"{sparsity}-{quantize}", sparsity, quantize)
+    for precision in ("fp32", "int4"):
+        name = f"onnxruntime-genai {precision}"
+        if genai is None:
+            missing[name] = "no --genai"
+            continue
+        with console.status(f"build {name}"):
+            try:
+                made = Genai(genai_python(genai), scratch / "model", scratch / f"genai-{precision}", precision)
+            except (OSError, subprocess.CalledProcessError) as e:
+                missing[name] = str(e)
+                continue
+        if made.why == "ready":
+            found[name] = made
+        else:
+            missing[name] = made.why
+    return found, missing
+
+
+def main() -> None:
+    """Time everything and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--genai", type=Path)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        contenders, missing = find_contenders(Path(scratch), args.genai, args.tiny)
+        for tokens in args.tokens:
+            taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+            for i in range(args.rounds + 2):
+                for name, run in contenders.items():
+                    timed = run(tokens, STEPS)
+                    # The first two rounds warm up.
+                    if i >= 2:
+                        taken[name].append(timed)
+            for name, times in taken.items():
+                prefill, step = (statistics.median(one) for one in zip(*times))
+                rows.append({"name": name, "tokens": tokens, "prefill_ms": round(prefill, 3), "decode_ms": round(step, 3)})
+    base = {row["tokens"]: row["decode_ms"] for row in rows if row["name"] == "torch eager"}
+    for row in rows:
+        ratio = row["decode_ms"] / base[row["tokens"]]
+        console.print(f"| {row['name']} | {row['tokens']} | {row['prefill_ms']} | {row['decode_ms']} | {ratio:.2f} |")
+    made = {
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "rounds": args.rounds,
+        "tiny": args.tiny,
+        "missing": missing,
+        "rows": rows,
+    }
+    args.output.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
