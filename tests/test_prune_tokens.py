@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checks import compiled, emit, encoder_graph, op_names, randomise, run_onnx, text_batch, tiny_bert
-from tilecut import PruneConfig, compile_pruned
+from tilecut import PruneConfig, compile_pruned, load
 from tilecut.make_cases import make_inputs
 from tilecut.plan_tokens import TokenSchedule, fused_stream, plan_tokens
 from tilecut_passes.axes.groups import find_groups
@@ -22,7 +22,7 @@ from tilecut_passes.mask_tokens import MaskTokens
 from tilecut_passes.prune_tokens import PruneTokens, token_passes
 from tilecut_passes.run_passes import Pass, largest_error, run_passes
 from tilecut_passes.token_plan import MEAN, OWN, TokenPlan
-from tilecut_runtime.errors import ConfigError, PlanError
+from tilecut_runtime.errors import ConfigError, InputError, PlanError
 from tilecut_targets.find_target import find_target
 from zoo import ZOO
 
@@ -280,6 +280,18 @@ def test_compiles_to_a_verified_artifact(tmp_path):
     whole = compiled("edge", tmp_path / "b", model=model, config=PruneConfig(sparsity=0.5, at=at))
     kept = lambda plan: sum(len(g.kept) for g in plan.groups)
     assert kept(artifact.plan) > kept(whole.plan) and whole.report["tokens"] == []
+
+
+def test_the_exported_program_takes_what_leaves_two_tokens(tmp_path):
+    """torch.export takes a size of 1 for a constant: the cuda artifact says which lengths it has."""
+    model = tiny_bert(layers=3, width=16, neurons=128)
+    artifact = compiled("cuda:sm_90", tmp_path / "a", model=model, config=PruneConfig(sparsity=0.3, tokens={0: 0.5}))
+    assert artifact.manifest.dims["sequence"].min == 3
+    session = load(tmp_path / "a", device="cpu")
+    inputs = {name: x[:, :3].numpy() for name, x in text_batch(2, 8, seed=1).items()}
+    assert session.run(inputs)["last_hidden_state"].shape[:2] == (2, 3)
+    with pytest.raises(InputError, match="sequence"):
+        session.run({name: x[:, :2] for name, x in inputs.items()})
 
 
 def test_search_finds_a_schedule_within_the_budget(tmp_path):

@@ -64,6 +64,8 @@ class Target(ABC):
     power_of_two_heads = False
     # Whether packed segments become sequences of `tilecut::attention_varlen`, or stay a mask.
     packed = False
+    # Whether the artifact is what torch.export writes, to which sizes of 1 are constants.
+    exported = False
     # What can be done to the written files after everything else, with how far the outputs may then differ, in norm; and
     # which of it needs calibration data.
     quantizations: ClassVar[Mapping[str, float]] = {}

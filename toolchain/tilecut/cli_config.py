@@ -33,7 +33,7 @@ def read_options(
     max_bytes: Annotated[int | None, _option("bytes of the whole model's weights", BUDGET)] = None,
     attention_sparsity: Annotated[float | None, _option("fraction of the attention's MACs that goes", BUDGET)] = None,
     num_heads_keep: Annotated[int | None, _option("heads that every attention keeps", BUDGET)] = None,
-    kinds: Annotated[str | None, _option("comma-separated: heads,kv_groups,queries,neurons,hidden,layers,experts, and more: docs/kinds.md", SHAPE)] = None,
+    kinds: Annotated[str | None, _option("comma-separated: heads,neurons,hidden,layers,experts.. (docs/kinds.md)", SHAPE)] = None,
     vocabulary: Annotated[str | None, _option("a file of texts whose words stay, with kind vocab", SHAPE)] = None,
     keep: Annotated[
         list[str] | None, _option("a group that is not cut, a kind, or a pattern: '*layer.0.*'; may be repeated", SHAPE)

@@ -34,7 +34,7 @@ from tilecut_passes.graph import Graph
 from tilecut_passes.prune import as_cut
 from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_runtime.errors import ConfigError, VerificationError
-from tilecut_runtime.manifest import Manifest, Signature, list_files
+from tilecut_runtime.manifest import DimRange, Manifest, Signature, list_files
 from tilecut_runtime.reference import write_cases
 from tilecut_runtime.torch_program import WEIGHTS, save_program, tensors_of
 from tilecut_targets.export_program import export_program
@@ -119,6 +119,10 @@ def emit(
         records += run_passes(pruned, [*target.enforce(powers), *passes])
     # The module keeps the model's own sizes.
     served = replace(pruned, ranges=target.ranges(pruned, plan.at))
+    if target.exported:
+        for name, least in cut.shortest.items():
+            held = served.ranges.get(name, DimRange())
+            served.ranges[name] = replace(held, min=max(held.min, least))
     with progress.stage("fuse"):
         fused = pruned.copy()
         records += run_passes(fused, target.fusing, check=make_inputs(pruned, 2, 9, seed=1, ragged=False))

@@ -27,7 +27,7 @@ from tilecut_passes.graph import Graph
 from tilecut_passes.plan import PrunePlan
 from tilecut_passes.project_outputs import DropProjections
 from tilecut_passes.prune import Prune, as_cut
-from tilecut_passes.prune_tokens import removes, token_passes
+from tilecut_passes.prune_tokens import removes, token_passes, two_stay
 from tilecut_passes.reconstruct import Reconstruct
 from tilecut_passes.run_passes import PassRecord, run_passes
 from tilecut_passes.tune_masks import TuneMasks
@@ -37,7 +37,10 @@ from tilecut_runtime.manifest import Rung
 
 @dataclass
 class CutModel:
-    """A pruned graph and how it came about; `recovery` holds what each training did."""
+    """A pruned graph and how it came about; `recovery` holds what each training did.
+
+    `shortest` are sizes below which the exported program does not work, since only one token would stay.
+    """
 
     graph: Graph
     choice: Choice
@@ -45,6 +48,7 @@ class CutModel:
     rungs: list[Rung] = field(default_factory=list)
     recovery: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    shortest: dict[str, int] = field(default_factory=dict)
 
 
 def cut_model(made: Prepared, config: PruneConfig | None, progress: Progress) -> CutModel:
@@ -59,6 +63,7 @@ def cut_model(made: Prepared, config: PruneConfig | None, progress: Progress) ->
     if removes(tokens):
         with progress.stage("tokens"):
             whole = cut.graph.copy()
+            cut.shortest = two_stay(whole, tokens)
             cut.records += run_passes(cut.graph, token_passes(tokens))
             cut.rungs.append(check_token_cut(whole, cut.graph, tokens))
     return cut

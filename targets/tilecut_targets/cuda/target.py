@@ -45,6 +45,7 @@ class CudaTarget(Target):
     block = 64
     head_width = 8
     packed = True
+    exported = True
 
     def __post_init__(self) -> None:
         read_wish(self.chip)
