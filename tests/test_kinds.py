@@ -176,6 +176,23 @@ def test_the_stream_behind_a_removed_branch_is_refitted():
     assert largest_error(want, cut.run(held_out)) < 0.7 * largest_error(want, before)
 
 
+@pytest.mark.parametrize("gone", ["0.self_attn", "0.mlp", "1.self_attn"])
+def test_what_is_behind_a_removed_branch_is_refitted_to_the_dense_stream(gone):
+    """The residual of a layer is another node in the dense graph, where a branch between the two was removed."""
+    model = made("llama_gqa")[0]
+    graph = capture(model)
+    ids = [torch.randint(0, 99, (8, 16), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    given = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+    groups = [g for g in find_groups(infer(graph)) if g.kind == "layers"]
+    plan = PrunePlan.keep_all(graph, groups).keeping({f"model.layers.{gone}:layers": []})
+    cut = graph.copy()
+    run_passes(cut, [Prune(plan)])
+    errors = [largest_error(graph.run(given[0]), cut.run(given[0]))]
+    run_passes(cut, [Reconstruct(graph, [Batch(one) for one in given], plan)])
+    errors.append(largest_error(graph.run(given[0]), cut.run(given[0])))
+    assert errors[1] < 0.9 * errors[0]
+
+
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [

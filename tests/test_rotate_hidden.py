@@ -14,6 +14,7 @@ from moe_models import EXPERTS
 from test_models import made
 from tilecut import PruneConfig, compile_pruned, from_pretrained, load
 from tilecut.make_cases import make_inputs
+from tilecut.recovery_config import Recovery
 from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.calibration import check_batches
@@ -206,9 +207,11 @@ def test_a_turned_model_in_transformers(tmp_path):
     assert (tmp_path / "hf" / ROTATIONS).read_bytes() == (tmp_path / "out" / ROTATIONS).read_bytes()
 
 
-def test_generation_with_a_turned_model(tmp_path):
+@pytest.mark.parametrize("kinds", [("hidden",), ("hidden", "vocab")])
+def test_generation_with_a_turned_model(kinds, tmp_path):
     model = made("llama_tied")[0]
-    config = PruneConfig(kinds=("hidden",), max_units={"hidden": 16}, sparsity=0.0, cache="")
+    words = tuple(range(0, 99, 2)) if "vocab" in kinds else None
+    config = PruneConfig(kinds=kinds, max_units={"hidden": 16}, vocabulary=words, sparsity=0.0, cache="")
     artifact = compile_pruned(
         model, "edge", None, batches(), config, tmp_path / "out", measure=False, generate=True, max_length=32
     )
@@ -220,6 +223,42 @@ def test_generation_with_a_turned_model(tmp_path):
             want = torch.cat([want, logits.argmax(-1)], 1)
     got = load(tmp_path / "out").generate(ids.numpy(), max_new_tokens=8, eos=())
     assert [list(row) for row in got.tokens] == want[:, 5:].tolist()
+
+
+class Shifted(torch.nn.Module):
+    """A pre-norm stream that a number, or the weight of a norm, is added to."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.what, self.table = what, torch.nn.Embedding(50, 32)
+        self.norms = torch.nn.ModuleList(torch.nn.RMSNorm(32) for _ in range(2))
+        self.up, self.down, self.head = torch.nn.Linear(32, 64), torch.nn.Linear(64, 32), torch.nn.Linear(32, 7)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x = x + self.down(torch.relu(self.up(self.norms[0](x))))
+        x = x + (1.0 if self.what == "number" else self.norms[0].weight)
+        return self.head(self.norms[1](x))
+
+
+@pytest.mark.parametrize(
+    ("what", "why"), [("number", "works on single channels"), ("weight", "is more than the weight of a norm")]
+)
+def test_what_is_added_to_the_stream_is_turned_with_it_or_refused(what, why):
+    graph = capture(randomise(Shifted(what)), torch.randint(0, 50, (2, 9)))
+    (group,) = groups_of(graph, "hidden")
+    with pytest.raises(CannotRotate, match=why):
+        find_stream(graph, group.name)
+
+
+def test_several_cuts_of_a_turned_model_with_words_that_go(tmp_path):
+    config = PruneConfig(
+        kinds=("hidden", "vocab"), max_units={"hidden": 16}, vocabulary=tuple(range(0, 99, 2)), sparsity=0.2, cache="",
+        finetune=Recovery(epochs=1, steps=2), at={"sequence": 16},
+    )  # fmt: skip
+    artifact = compile_pruned(made("llama_tied")[0], "edge", None, batches(), config, tmp_path / "out", measure=False)
+    assert artifact.plan.rotations
+    assert all(r.status == "passed" for r in artifact.manifest.verification)
 
 
 def test_bad_bases_and_plans(tmp_path):

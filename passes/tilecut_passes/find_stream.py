@@ -135,6 +135,8 @@ class _Reader:
             if node.op == "call_function" and any(map(self._holds, (node, *node.all_input_nodes))):
                 self._call(node)
         for norm in self.found.norms:
+            if (norm, 0) in self.reads:
+                raise CannotRotate(f"{norm} is more than the weight of a norm")
             self.found.tensors.pop(norm)
         for (name, dim), norms in self.reads.items():
             if norms == {STREAM}:
@@ -185,6 +187,9 @@ class _Reader:
         elif is_call(node, *SUMMED) and len(held) == 2:
             if scaled := [x for x in held if x in self.behind]:
                 raise CannotRotate(f"{node.name} adds {scaled[0].name}, which the weight of a norm has scaled, to the stream")
+            for x in held:
+                if self._tensor_of(x) is not None:
+                    self._use(x, self._dims(x)[0], STREAM)
             if self.centred and any(x in self.normed for x in held):
                 raise CannotRotate(f"{node.name} adds to what a norm without a weight gives")
         elif self._is_equivariant(node, held):
@@ -230,7 +235,11 @@ class _Reader:
         """1 + w of a norm's weight w."""
         if not is_call(node, *SUMMED, aten.add.Scalar) or not any(isinstance(x, int | float) for x in node.args[:2]):
             return False
-        return all(is_call(user, NORM, *CASTS) for user in node.users)
+        if self._tensor_of(node.all_input_nodes[0]) is None:
+            return False
+        casts = [user for user in node.users if is_call(user, *CASTS)]
+        weighed = [user for one in (node, *casts) for user in one.users if user not in casts]
+        return all(is_call(user, NORM) and user.args[0] not in (node, *casts) for user in weighed)
 
     def _norm(self, node: fx.Node) -> None:
         a = arguments(node)

@@ -62,7 +62,8 @@ class Site:
 
     Args:
         node: name of its call in both graphs.
-        residuals: nodes that its output is added to and that are known before it runs.
+        residuals: nodes of the pruned graph that its output is added to and that are known before it runs.
+        were: what stands in their places in the dense graph: another node where a branch between the two was removed.
         channel: the dimension of its input and output that holds units, counted from the end.
         outputs: the dense layer's outputs that stay (PAD: a new one of zeros); None: all.
         padding: bool over the inputs, True for those that the plan added; their weights stay zero. None: there are none.
@@ -71,6 +72,7 @@ class Site:
     node: str
     layer: RefitLayer
     residuals: tuple[str, ...]
+    were: tuple[str, ...]
     channel: int
     outputs: Tensor | None = None
     padding: Tensor | None = None
@@ -162,7 +164,7 @@ def find_sites(
 ) -> tuple[list[Site], list[Refusal]]:
     """Layers to refit in graph order, and why others are not. Without a plan, layers that lost outputs are not."""
     twins = {n.name: n for n in dense.nodes}
-    order = {node: i for i, node in enumerate(pruned.nodes)}
+    orders = [{node: i for i, node in enumerate(graph.nodes)} for graph in (pruned, dense)]
     uses = _uses(pruned)
     sites: list[Site] = []
     refusals: list[Refusal] = []
@@ -182,8 +184,11 @@ def find_sites(
         elif plan is None and _outputs(layer, pruned) != _outputs(was, dense):
             why = "it lost outputs, and which is not known without the plan"
         else:
-            residuals = _residuals(node, order) if isinstance(layer, DenseLayer) else ()
-            sites.append(Site(node.name, layer, residuals, *_units(twin, plan)))
+            now, was_added = ({}, {}) if not isinstance(layer, DenseLayer) else map(_residuals, (node, twin), orders)
+            # Of the same sums: one may be gone, or stand behind another.
+            sums = [name for name in now if name in was_added]
+            residuals, were = (tuple(found[name] for name in sums) for found in (now, was_added))
+            sites.append(Site(node.name, layer, residuals, were, *_units(twin, plan)))
         if why is not None:
             refusals.append(Refusal("Reconstruct", node.name, why))
     return sites, refusals
@@ -220,9 +225,9 @@ def _units(twin: fx.Node, plan: Kept | None) -> tuple[int, Tensor | None, Tensor
     return channel, plan.units(plan.axes.of[twin][channel]), padding
 
 
-def _residuals(layer: fx.Node, order: dict[fx.Node, int]) -> tuple[str, ...]:
-    """The tensors that the layer's output is added to and that are known before the layer runs, in one sum or several."""
-    out, known = layer, []
+def _residuals(layer: fx.Node, order: dict[fx.Node, int]) -> dict[str, str]:
+    """Sums that the layer's output goes through -> what is added there, where that is known before the layer runs."""
+    out, known = layer, {}
     shape = None
     while len(out.users) == 1:
         user = next(iter(out.users))
@@ -237,9 +242,9 @@ def _residuals(layer: fx.Node, order: dict[fx.Node, int]) -> tuple[str, ...]:
             break
         other = others[0]
         if other.op == "call_function" and order[other] < order[layer] and value_of(other).shape == shape:
-            known.append(other.name)
+            known[user.name] = other.name
         out = user
-    return tuple(known)
+    return known
 
 
 def blocks_of(sites: Sequence[Site], pruned: Graph) -> list[list[Site]]:

@@ -30,8 +30,8 @@ class TwinRun:
         """What the layer should give: its output in the dense graph, less what the residual stream has moved by."""
         output = self.dense.read(self.dense.node(site.node))
         target = _staying(site, output)
-        for name in site.residuals:
-            was = _staying(site, self.dense.read(self.dense.node(name)).reshape(output.shape))
+        for name, before in zip(site.residuals, site.were, strict=True):
+            was = _staying(site, self.dense.read(self.dense.node(before)).reshape(output.shape))
             target = target - (self.pruned.read(self.pruned.node(name)).reshape(target.shape) - was)
         return target
 

@@ -222,7 +222,10 @@ def steps_of(decoder: OnnxDecoder, request: Request) -> Iterator[Step]:
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)
     # The last token that is chosen is never read.
     decoding = decoder.start(rows, min(int(lengths.max()) + request.max_new_tokens - 1, most))
-    held = [np.concatenate((prompt, np.zeros(request.max_new_tokens, np.int64))) for prompt in prompts]
+    # The token behind the last position is chosen, and read by nothing.
+    held = [np.zeros(min(len(prompt) + request.max_new_tokens, most + 1), np.int64) for prompt in prompts]
+    for row, prompt in enumerate(prompts):
+        held[row][: len(prompt)] = prompt
     tokens = np.zeros((rows, int(lengths.max())), np.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt

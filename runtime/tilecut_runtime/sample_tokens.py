@@ -72,7 +72,10 @@ class Sampling:
             logits[held] = np.where(found > 0, found / self.repetition_penalty, found * self.repetition_penalty)
         if not self.temperature:
             return int(logits.argmax())
-        scores = logits.astype(np.float64) / self.temperature
+        # From the largest on: divided by a tiny temperature, the others are -inf and it stays 0.
+        scores = logits.astype(np.float64)
+        with np.errstate(over="ignore"):
+            scores = (scores - scores.max()) / self.temperature
         if self.top_k is not None and self.top_k < len(scores):
             least = np.partition(scores, -self.top_k)[-self.top_k]
             scores = np.where(scores < least, -np.inf, scores)

@@ -113,6 +113,7 @@ def emit(
         VerificationError: the written files do not give what the pruned model gives; nothing is left behind.
     """
     target, pruned, plan = made.target, cut.graph, cut.choice.plan
+    made = made.of_plan(plan)
     records, rungs = list(cut.records), list(cut.rungs)
     with progress.stage("legalize"):
         powers = config.power_of_two_heads if config else None

@@ -71,7 +71,7 @@ def cut_model(made: Prepared, config: PruneConfig | None, progress: Progress) ->
 
 def _cut_groups(made: Prepared, config: PruneConfig | None, progress: Progress) -> CutModel:
     if config is None:
-        at = PruneConfig().sizes()
+        at, made = PruneConfig().sizes(), made.unturned()
         choice = keep_everything(made.dense, made.axes, made.groups, at, made.target)
         cut = CutModel(made.dense.copy(), choice)
         _prune(made, cut, choice.plan, progress)
@@ -202,7 +202,9 @@ def plans_between(made: Prepared, config: PruneConfig, final: Choice, steps: int
         raise ConfigError("finetune", "steps need nested plans, which method='fisher' has not", fix="use method='table'")
     macs = final.macs()
     kept = macs["prunable_pruned"] / macs["prunable_dense"]
-    least = {g.name: len(g.kept) for g in final.plan.groups}
+    # Words are no matter of a budget.
+    searched = {g.name for g in made.groups}
+    least = {g.name: len(g.kept) for g in final.plan.groups if g.name in searched}
     most: dict[str, int] = {}
     choices = []
     for i in range(1, steps):
@@ -218,5 +220,5 @@ def plans_between(made: Prepared, config: PruneConfig, final: Choice, steps: int
             }
         )
         choices.append(_choose(made, loose))
-        most = {g.name: len(g.kept) for g in choices[-1].plan.groups}
+        most = {g.name: len(g.kept) for g in choices[-1].plan.groups if g.name in searched}
     return [*choices, final]

@@ -33,6 +33,8 @@ aten = torch.ops.aten
 Cut = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 # Batches from which the magnitude of a row is taken.
 MEASURED = 4
+# Below this a logit is one of a word that went.
+LEAST_LOGIT = -1e9
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Distillation:
         total = torch.zeros((), device=self.device)
         if not by_label or config.distillation > 0:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                want = self.teacher.run(_to(part.inputs, self.device))
+                want = self.cut(self.teacher.run(_to(part.inputs, self.device)))
             compared = [self._distance(name, want[name], got[name], part, whole) for name in self.compared]
             if compared:
                 total = total + torch.stack(compared).mean()
@@ -126,6 +128,8 @@ class Distillation:
         count = _positions(want, part, whole)
         if name not in self.median:
             t = self.config.temperature
+            # Words that went are the least number in both; divided or summed it must stay one.
+            x, y = x.clamp_min(LEAST_LOGIT), y.clamp_min(LEAST_LOGIT)
             divergence = F.kl_div((y / t).log_softmax(-1), (x / t).log_softmax(-1), reduction="sum", log_target=True)
             return t * t * divergence / count
         return ((x - y).square().sum(-1) / x.square().sum(-1).clamp_min(self.median[name])).sum() / count

@@ -179,8 +179,9 @@ def _point(
             run_passes(cut.graph, made.target.enforce(config.power_of_two_heads))
             held_out, general = made.calibrated.held_out, made.calibrated.general
             with inner.stage("fidelity"):
-                changed = as_cut(made.dense, cut.choice.plan)
-                point.fidelity = measure_fidelity(made.dense, cut.graph, held_out, changed, general)
+                dense = made.of_plan(cut.choice.plan).dense
+                changed = as_cut(dense, cut.choice.plan)
+                point.fidelity = measure_fidelity(dense, cut.graph, held_out, changed, general)
         point.parameters, point.bytes = count_parameters(cut.graph), weight_bytes(cut.graph)
     point.seconds = round(sum(inner.seconds.values()) - before, 2)
     return point
@@ -224,7 +225,8 @@ def _measure(
             session = load(folder / p.name, threads=threads)
         except ArtifactError as e:
             return {"status": "not run", "why": str(e).replace(str(folder / p.name), p.name)}
-        own = as_cut(made.dense, Artifact(folder / p.name).plan)(inputs)
+        plan = Artifact(folder / p.name).plan
+        own = as_cut(made.of_plan(plan).dense, plan)(inputs)
         arrays: dict[str, np.ndarray] = {name: value.numpy() for name, value in own.items()}
         runs[p.name] = lambda session=session, arrays=arrays: session.run(arrays)
     with progress.stage("latency"):

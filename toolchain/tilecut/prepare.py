@@ -34,6 +34,7 @@ from tilecut_passes.example_inputs import DynamicDims
 from tilecut_passes.find_token_sites import TokenStream
 from tilecut_passes.graph import Graph
 from tilecut_passes.legal_sizes import legal_sizes
+from tilecut_passes.plan import PrunePlan
 from tilecut_passes.project_outputs import ProjectOutputs, without_projections
 from tilecut_passes.rank_by_table import TableRanking, rank_by_table
 from tilecut_passes.run_passes import run_passes
@@ -61,6 +62,7 @@ class Prepared:
         words: what stays of the vocabulary, where it is cut.
         rotations: bases that hidden widths of `dense` were turned to; `straight` is what was prepared before.
         rungs: what was checked so far.
+        turned: those of `notes` that tell of the turning.
     """
 
     model: nn.Module
@@ -80,6 +82,7 @@ class Prepared:
     rotations: Mapping[str, Tensor] = field(default_factory=dict)
     straight: Prepared | None = None
     rungs: list[Rung] = field(default_factory=list)
+    turned: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -110,7 +113,12 @@ class Prepared:
             rotations={},
             straight=None,
             rungs=[],
+            notes=[note for note in self.notes if note not in self.turned],
         )
+
+    def of_plan(self, plan: PrunePlan) -> Prepared:
+        """The same in the basis that a plan is of."""
+        return self if plan.rotations else self.unturned()
 
     @property
     def fit(self) -> list:

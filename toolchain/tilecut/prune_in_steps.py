@@ -102,7 +102,7 @@ def relative_plan(earlier: PrunePlan, later: PrunePlan, graph: Graph) -> PrunePl
         here = next(g for g in plan.groups if g.name == group.name)
         chosen[group.name] = replace(here, kept=tuple(place[u] for u in after.kept), padded_to=after.padded_to)
     groups = tuple(chosen.get(g.name, g) for g in plan.groups)
-    return replace(plan, groups=groups, target=later.target, at=dict(later.at), frozen=later.frozen)
+    return replace(plan, groups=groups, target=later.target, at=dict(later.at), frozen=later.frozen, rotations=later.rotations)
 
 
 def _now(was: GroupPlan, found: Sequence[Group]) -> Group:

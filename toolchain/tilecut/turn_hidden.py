@@ -43,7 +43,7 @@ def turn_hidden(made: Prepared, progress: Callable[[int, int], None]) -> None:
             made.notes.append(f"{group.name}: cut in the model's own channels, since {e}")
             continue
         most = int((energies.cumsum(0) < MOST_OF_IT * energies.sum()).sum()) + 1
-        made.notes.append(
+        made.turned.append(
             f"{group.name}: turned to its principal components, of which {most} of {group.size} hold {MOST_OF_IT:.0%} of "
             "what its layers read"
         )
@@ -63,9 +63,11 @@ def turn_hidden(made: Prepared, progress: Callable[[int, int], None]) -> None:
                 wanted=f"at most {TURN_TOLERANCE:.0e}",
                 fix="rotate=False; and please report the model: an op rule is wrong",
             )
+        made.turned.clear()
         made.notes.append(f"hidden width cut in the model's own channels: turned, float32 would round by {worst:.0e}")
         return
     made.straight, made.rotations = replace(made), bases
+    made.notes += made.turned
     made.rungs.append(rung("turned equals dense", worst, TURN_TOLERANCE, "random inputs at two shapes"))
     made.dense, made.axes = turned, infer(turned)
     # A head that got a tensor of its own makes a group larger by it.
