@@ -49,14 +49,10 @@ def continued(folder, prompts, steps):
     mask = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
-    caches = {
-        i.name: np.zeros((len(prompts), i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs()[2:]
-    }
+    caches = {i.name: np.zeros((len(prompts), i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs()[2:]}
     found = []
     for _ in range(steps):
-        logits, *presents = map(
-            np.asarray, session.run(None, {"input_ids": tokens, "attention_mask": mask, **caches})
-        )
+        logits, *presents = map(np.asarray, session.run(None, {"input_ids": tokens, "attention_mask": mask, **caches}))
         assert logits.shape[1] == 1 and all(p.shape[2] == mask.shape[1] for p in presents)
         caches = dict(zip(caches, presents))
         tokens = logits[:, 0].argmax(-1)[:, None]
@@ -110,7 +106,9 @@ def test_a_model_written_by_hand_gets_genais_names(tmp_path):
 
 def test_tokenizer_and_ends_that_the_model_never_says(tmp_path):
     sizes = {**GROUPED, "vocab_size": SIZE, "eos_token_id": [7, SIZE], "pad_token_id": None}
-    model = talkative(saved_with_tokenizer(tmp_path / "hf", transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))))
+    model = talkative(
+        saved_with_tokenizer(tmp_path / "hf", transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)))
+    )
     folder = compiled(model, tmp_path / "made").write_genai(tmp_path / "genai")
     assert {"tokenizer.json", "tokenizer_config.json"} <= {p.name for p in folder.iterdir()}
     special = json.loads((folder / "genai_config.json").read_text())["model"]
@@ -131,14 +129,18 @@ def test_weights_beside_the_model_stay_beside_it(tmp_path, monkeypatch):
 def test_the_command(llama, tmp_path):
     done = CliRunner().invoke(cli.app, ["export-genai", str(llama.path), str(tmp_path / "genai"), "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout) == {"path": str(tmp_path / "genai")} and (tmp_path / "genai" / "model.onnx").is_file()
+    assert (
+        json.loads(done.stdout) == {"path": str(tmp_path / "genai")} and (tmp_path / "genai" / "model.onnx").is_file()
+    )
 
 
 def test_an_artifact_without_a_cache(tmp_path):
     made = compile_pruned(
         nn.Linear(4, 2), "edge", torch.ones(2, 4), config=None, output=tmp_path / "made", measure=False
     )
-    with pytest.raises(ArtifactError, match="without a cache, which onnxruntime-genai needs; compile it with generate=True"):
+    with pytest.raises(
+        ArtifactError, match="without a cache, which onnxruntime-genai needs; compile it with generate=True"
+    ):
         made.write_genai(tmp_path / "genai")
 
 
@@ -157,7 +159,11 @@ def test_a_folder_that_holds_something_is_left_alone(llama, tmp_path):
     ("old", "new", "why"),
     [
         ('"past_key_values.1.key"', '"cache.key"', r"numbers caches by one pattern; got cache\.key among 4 caches"),
-        ('"past_key_values.1.value",\n   "dtype": "float32"', '"past_key_values.1.value",\n   "dtype": "float16"', "layer 1"),
+        (
+            '"past_key_values.1.value",\n   "dtype": "float32"',
+            '"past_key_values.1.value",\n   "dtype": "float16"',
+            "layer 1",
+        ),
     ],
 )
 def test_caches_that_the_format_has_no_words_for(old, new, why, mine, tmp_path):

@@ -43,7 +43,9 @@ def write_genai(artifact: Path, manifest: Manifest, output: str | Path) -> Path:
     layout = manifest.generation
     if layout is None:
         raise ArtifactError(
-            str(artifact), "was compiled without a cache, which onnxruntime-genai needs", fix="compile it with generate=True"
+            str(artifact),
+            "was compiled without a cache, which onnxruntime-genai needs",
+            fix="compile it with generate=True",
         )
     _check_caches(artifact, manifest, layout)
     entry = manifest.file_of(artifact, "model")
