@@ -50,8 +50,8 @@ def write_genai(artifact: Path, manifest: Manifest, output: str | Path) -> Path:
     _check_caches(artifact, manifest, layout)
     entry = manifest.file_of(artifact, "model")
     companions = [name for name in COMPANIONS if name in manifest.files]
-    read = [entry, *(name for name in (f"{entry}.data",) if name in manifest.files)]
-    manifest.check_files(artifact, {*read, *companions, *(name for name in SPECIAL if name in manifest.files)})
+    read = [name for name in (entry, f"{entry}.data") if name in manifest.files]
+    manifest.check_files(artifact, [*read, *companions, *(name for name in SPECIAL if name in manifest.files)])
     with artifact_folder(output, _refuse) as folder:
         model = ir.load(artifact / entry)
         count_by_mask(model, layout)
@@ -97,6 +97,7 @@ def _check_caches(artifact: Path, manifest: Manifest, layout: CacheLayout) -> No
 
 
 def _most_heads(model: ir.Model) -> int:
+    """Queries of the attention that has most."""
     return max(node.attributes["num_heads"].as_int() for node in model.graph if node.op_type == ATTENTION)
 
 
