@@ -36,11 +36,13 @@ test-wheel: $(ENV)/.dev
 toolchain: $(ENV)/.dev  ## the private environments of the ascend target, 1 GB and more in ~/.cache/tilecut; once
 	$(PY) -m tilecut toolchain install ascend
 
-# tests/test_ecosystem.py runs once it is there, and is skipped without it.
-ecosystem:  ## the environment of optimum, optimum-intel and sentence-transformers, which want older transformers; once
+# tests/test_ecosystem.py and test_ecosystem_genai.py run once they are there, and are skipped without them.
+ecosystem:  ## environments of optimum, optimum-intel and sentence-transformers, which want older transformers, and of onnxruntime-genai; once
 	$(PYTHON) -m venv $(HOME)/.cache/tilecut/ecosystem
 	$(HOME)/.cache/tilecut/ecosystem/bin/python -m pip install -q "torch==2.13.0" "optimum-onnx[onnxruntime]==0.1.0" \
 		"optimum-intel==1.27.0" "openvino==2026.4.1" "sentence-transformers==5.7.0" "transformers==4.57.6"
+	$(PYTHON) -m venv $(HOME)/.cache/tilecut/genai
+	$(HOME)/.cache/tilecut/genai/bin/python -m pip install -q "onnxruntime-genai==0.18.0" "onnxruntime==1.32.0"
 
 lint: $(ENV)/.dev
 	$(PY) -m ruff check .

@@ -89,3 +89,13 @@ class Artifact:
         from tilecut.pretrained import of_artifact
 
         return of_artifact(self)
+
+    def write_genai(self, folder: str | Path) -> Path:
+        """Write the model as a folder that onnxruntime-genai opens; returns it. Of artifacts compiled with `generate=True`.
+
+        Raises:
+            ArtifactError: the artifact has no cache, or one that genai's format cannot hold; the folder is not empty.
+        """
+        from tilecut.write_genai import write_genai
+
+        return write_genai(self.path, self.manifest, folder)

@@ -1,4 +1,4 @@
-"""The `tilecut` command: compile, explore, inspect, verify, bench, run, build, tune, targets, toolchain.
+"""The `tilecut` command: compile, explore, inspect, verify, bench, run, export-genai, build, tune, targets, toolchain.
 
 Exit codes: 0 done; 1 an error, said in one line; 2 wrong usage; 3 a verification failed.
 """
@@ -351,6 +351,22 @@ def build(
         print(json.dumps({"rungs": [asdict(rung)]}))
     else:
         show.rungs(out, [rung])
+
+
+@app.command("export-genai")
+def export_genai(
+    folder: Folder,
+    output: Annotated[Path, typer.Argument(help="a folder that is empty, or not there")],
+    as_json: AsJson = False,
+) -> None:
+    """Write an artifact compiled with --generate as a folder that onnxruntime-genai opens."""
+    from tilecut.artifact import Artifact
+
+    written = Artifact(folder).write_genai(output)
+    if as_json:
+        print(json.dumps({"path": str(written)}))
+    else:
+        out.print(f"genai {written}", highlight=False, soft_wrap=True)
 
 
 @app.command()
