@@ -45,10 +45,10 @@ def support_of(graph: Graph, why: str) -> Support:
 def groups_by_kind(graph: Graph) -> dict[str, tuple[int, ...]]:
     """Sizes of the groups that may be cut, in graph order."""
     found = [(g.kind, g.size) for g in find_groups(infer(graph))]
-    return {kind: sizes for kind in DEFAULT_KINDS if (sizes := tuple(n for k, n in found if k == kind))}
+    return {kind: sizes for kind in KINDS if (sizes := tuple(n for k, n in found if k == kind))}
 
 
-def frozen_share(graph: Graph, kinds: Sequence[str] = DEFAULT_KINDS) -> float:
+def frozen_share(graph: Graph, kinds: Sequence[str] = KINDS) -> float:
     """The share of the MACs of attention and FFN that cannot be cut, at a batch of 1 and 64 tokens.
 
     These are the contractions of activations with one another, and of weights in layers: those whose name holds a

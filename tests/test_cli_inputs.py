@@ -16,7 +16,7 @@ def session(path=None):
     """As much of a session as reading inputs looks at."""
     specs = (TensorSpec("x", "float32", ("batch", "sequence")), TensorSpec("mask", "int64", ("batch", 3)))
     dims = {"batch": DimRange(), "sequence": DimRange(1, 8)}
-    return SimpleNamespace(path=path, inputs=specs, manifest=SimpleNamespace(dims=dims, inputs=specs))
+    return SimpleNamespace(path=path, inputs=specs, manifest=SimpleNamespace(generation=None, dims=dims, inputs=specs))
 
 
 @pytest.mark.parametrize("name", ["out.npz", "out", "out.bin"])
