@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from checks import randomise
+from tilecut import PruneConfig, compile_pruned
 
 VOCAB, POSITIONS = 97, 128
 SIZES: dict[str, Any] = {
@@ -60,6 +62,33 @@ def talkative(model: nn.Module, seed: int = 0) -> Any:
                 parameter.copy_(noise * 0.05)
             elif "gemma" not in type(model).__name__.lower():
                 parameter.copy_(1 + noise * 0.2)
+    return model
+
+
+def uneven_llama(output: Path) -> Any:
+    """An artifact with a cache of `decoder("llama")`, pruned so that its layers have one KV group and two."""
+    ids = torch.randint(0, VOCAB, (8, 12), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(2)]
+    kept = {
+        "model.layers.0.self_attn:kv_groups": 1,
+        "model.layers.1.self_attn:kv_groups": 2,
+        "model.layers.1.self_attn:queries": 1,
+    }
+    config = PruneConfig(sparsity=0.4, at={"sequence": 16}, min_units=kept, max_units=kept, cache="")
+    return compile_pruned(
+        decoder("llama"), "edge", None, batches, config, output, generate=True, measure=False
+    )
+
+
+def calm(model: Any) -> Any:
+    """The model with small numbers in its layers: those of 64 random channels are no match for 4 bits.
+
+    The residual stream carries most of the text then.
+    """
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for parameter in layer.parameters():
+                parameter *= 0.2 if parameter.ndim > 1 else 1
     return model
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from generation_models import CONFIGS, POSITIONS, VOCAB, decoder, greedy
-from tilecut import Artifact, PruneConfig, compile_pruned, load
+from generation_models import CONFIGS, POSITIONS, VOCAB, decoder, greedy, uneven_llama
+from tilecut import Artifact, compile_pruned, load
 from tilecut_runtime.errors import InputError
 from tilecut_runtime.session import Session
 
@@ -53,18 +53,7 @@ def test_greedy_texts_are_torchs(made, name):
 
 @pytest.mark.filterwarnings("ignore:few calibration data")
 def test_a_pruned_model_whose_layers_have_different_heads(tmp_path):
-    model = decoder("llama")
-    ids = torch.randint(0, VOCAB, (8, 12), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(2)]
-    kept = {
-        "model.layers.0.self_attn:kv_groups": 1,
-        "model.layers.1.self_attn:kv_groups": 2,
-        "model.layers.1.self_attn:queries": 1,
-    }
-    config = PruneConfig(sparsity=0.4, at={"sequence": 16}, min_units=kept, max_units=kept, cache="")
-    artifact = compile_pruned(
-        model, "edge", calibration=batches, config=config, output=tmp_path / "pruned", generate=True, measure=False
-    )
+    artifact = uneven_llama(tmp_path / "pruned")
     session, pruned = load(artifact.path, threads=1), artifact.module()
     heads = [spec.shape[1] for spec in session.inputs if spec.name.endswith(".key")]
     assert heads == [1, 2]

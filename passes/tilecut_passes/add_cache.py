@@ -227,7 +227,7 @@ def _mixing(node: fx.Node, dims: dict[fx.Node, tuple[int, ...]], length: sympy.S
     if is_call(node, aten.index.Tensor) and source(node).op == "get_attr" and len(arguments(node)["indices"]) == 1:
         # Words of a cut vocabulary are numbered anew.
         return None
-    if is_call(node, aten.cat.default, aten.stack.default, aten.index_select.default):
+    if is_call(node, aten.cat.default, aten.stack.default):
         dim = int(arguments(node)["dim"]) % value_of(node).ndim
         return None if dim not in dims[node] else f"{node.target} works along the tokens"
     if is_call(node, aten.constant_pad_nd.default):

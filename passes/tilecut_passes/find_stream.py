@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from tilecut_passes.axes.axis import Axis
+from tilecut_passes.axes.expert_rows import GROUPED
 from tilecut_passes.axes.groups import Group, Member, find_groups
 from tilecut_passes.axes.infer import Axes, dims_of, infer
 from tilecut_passes.axes.rules_convolutions import CONVOLUTIONS
@@ -21,7 +22,7 @@ from tilecut_passes.axes.rules_reductions import SUMS
 from tilecut_passes.fuse_rms_norm import FuseRmsNorm
 from tilecut_passes.graph import CASTS, Graph, arguments, before_casts, is_call
 from tilecut_passes.open_stream import NORM, split_norms, untie_heads
-from tilecut_passes.read_contractions import GROUPED, LINEARS, MATMULS
+from tilecut_passes.read_contractions import LINEARS, MATMULS
 
 aten = torch.ops.aten
 # A norm's bias is divided by its weights: none may be smaller than this share of the largest.
@@ -51,6 +52,7 @@ class Stream:
     """A residual stream that can be turned.
 
     Attributes:
+        members: what the group owns, before a head gets a tensor of its own.
         width: H.
         tensors: name -> the dimensions that are along the stream; weights of norms are not among them.
         norms: weight of a norm -> what it is short of the factor (1 where the model computes 1 + w).
@@ -59,6 +61,7 @@ class Stream:
         centred: its norms are LayerNorms; `calls` are their nodes' names.
     """
 
+    members: tuple[Member, ...]
     width: int
     tensors: dict[str, list[int]] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
@@ -88,11 +91,11 @@ def find_stream(graph: Graph, name: str) -> Stream:
     axes = infer(fused)
     # Its name goes by its members, and a head of its own is one more.
     leaf = stream_of(axes, group.members).axis
+    found = Stream(group.members, int(leaf.size), centred=bool(calls), calls=calls)
     norms = [n for n in axes.graph.nodes if is_call(n, NORM) and axes.input(n)[-1].root is leaf]
     if calls and len(norms) > len(calls):
         raise CannotRotate("some of its norms take the mean of the channels away, and some do not")
-    stream = _Reader(axes, leaf, bool(calls)).read()
-    stream.centred, stream.calls = bool(calls), calls
+    stream = _Reader(axes, leaf, found).read()
     for bias, weight in stream.offsets.items():
         sizes = graph.tensor(weight).detach().abs()
         if sizes.min() < SMALLEST * sizes.max():
@@ -115,9 +118,8 @@ def _layer_norms(axes: Axes, leaf: Axis) -> list[fx.Node]:
 class _Reader:
     """Reads what a graph does along one leaf, whose norms are one op each."""
 
-    def __init__(self, axes: Axes, leaf: Axis, centred: bool):
-        self.axes, self.leaf, self.centred = axes, leaf, centred
-        self.found = Stream(int(leaf.size))
+    def __init__(self, axes: Axes, leaf: Axis, found: Stream):
+        self.axes, self.leaf, self.found = axes, leaf, found
         # Behind which norm's weight an activation is.
         self.behind: dict[fx.Node, str] = {}
         # What a norm has given, with a weight or without.
@@ -190,7 +192,7 @@ class _Reader:
             for x in held:
                 if self._tensor_of(x) is not None:
                     self._use(x, self._dims(x)[0], STREAM)
-            if self.centred and any(x in self.normed for x in held):
+            if self.found.centred and any(x in self.normed for x in held):
                 raise CannotRotate(f"{node.name} adds to what a norm without a weight gives")
         elif self._is_equivariant(node, held):
             for x in held:
@@ -272,7 +274,7 @@ class _Reader:
             read = [a for a in activations if self._contracted(node, a, x)]
             # Without an activation that has channels, it writes them.
             behind = self.behind.get(read[0], STREAM) if read else STREAM
-            if self.centred and read and read[0] not in self.normed:
+            if self.found.centred and read and read[0] not in self.normed:
                 raise CannotRotate(f"{node.name} reads the stream without a norm, and LayerNorms the mean away elsewhere")
             dims = self.found.tensors[tensor]
             if len(dims) > 1 and behind != STREAM:

@@ -60,6 +60,7 @@ ALONG: dict[object, Callable[[dict[str, Any]], Sequence[int]]] = {
         (
             aten.softmax.int, aten._softmax.default, aten.sum.dim_IntList, aten.mean.dim, aten.select.int, aten.slice.Tensor,
             aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.glu.default,
+            aten.index_select.default,
         ),
         _named,
     ),

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
@@ -33,7 +32,7 @@ from tilecut_passes.graph import (
     source,
     value_of,
 )
-from tilecut_passes.run_passes import Pass, run_passes
+from tilecut_passes.run_passes import Pass
 from tilecut_passes.select_tokens import Count, count_kept, mean_of_real, select_tokens, write_out
 from tilecut_passes.token_plan import MEAN, TokenPlan, check_schedule
 from tilecut_runtime.errors import PlanError
@@ -127,21 +126,9 @@ def find_chosen(graph: Graph, tokens: Sequence[TokenPlan]) -> tuple[TokenStream,
     return stream, chosen
 
 
-def two_stay(graph: Graph, tokens: Sequence[TokenPlan]) -> dict[str, int]:
-    """The fewest tokens of an input with which two stay behind every layer, by the size's name: what torch.export needs.
-
-    Args:
-        graph: before tokens go. A size of 1 is a constant to torch.export.
-    """
-    fused = graph.copy()
-    run_passes(fused, [FuseAttention()])
-    stream, chosen = find_chosen(fused, tokens)
-    size = sizes_of(value_of(arguments(stream.sites[0].attention)["q"]))[2]
-    name = graph.dims.get(size) if isinstance(size, sympy.Symbol) else None
-    if name is None or not chosen:
-        return {}
-    fraction = chosen[-1][1].fraction
-    return {name: math.floor(1 / fraction) + 1}
+def two_stay(tokens: Sequence[TokenPlan]) -> int:
+    """The fewest tokens of an input with which two stay behind every layer: what torch.export needs, to which 1 is a constant."""
+    return math.floor(1 / min(one.fraction for one in tokens)) + 1
 
 
 def _select(

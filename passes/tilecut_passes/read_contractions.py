@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tilecut_passes.axes.expert_rows import ExpertRows
+from tilecut_passes.axes.expert_rows import GROUPED, ExpertRows
 from tilecut_passes.axes.infer import Sink, infer
 from tilecut_passes.axes.rules_convolutions import CONVOLUTIONS, is_transposed
 from tilecut_passes.axes.rules_reductions import SUMS
@@ -47,7 +47,6 @@ MATMULS = (
     aten.dot.default,
     aten.vdot.default,
 )
-GROUPED = (torch.ops.tilecut.grouped_matmul.default, aten._grouped_mm.default)
 # Elements of a product of activations that are held at once.
 CHUNK = 2**24
 

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tilecut_passes.axes.groups import find_groups
 from tilecut_passes.axes.infer import infer
 from tilecut_passes.calibration import Batch
 from tilecut_passes.find_stream import CannotRotate, Stream, find_stream, stream_of
@@ -119,9 +118,8 @@ def principal_basis(
     folded = graph.copy()
     folded.store = None
     prepare_stream(folded, stream)
-    members = next(g for g in find_groups(infer(graph)) if g.name == name).members
     # Queries, keys and values read the same rows: they count once.
-    once = {sink.source: sink for sink in stream_of(infer(folded), members).gates}
+    once = {sink.source: sink for sink in stream_of(infer(folded), stream.members).gates}
     gram = torch.zeros(stream.width, stream.width, dtype=torch.float64)
 
     def visit(_: object, terms: Terms) -> None:

@@ -29,7 +29,7 @@ class Artifact:
     @cached_property
     def plan(self) -> PrunePlan:
         """Which units stayed."""
-        self.manifest.check_files(self.path, [PLAN, *(name for name in (ROTATIONS,) if name in self.manifest.files)])
+        self.manifest.check_files(self.path, [PLAN, *([ROTATIONS] if ROTATIONS in self.manifest.files else [])])
         try:
             return PrunePlan.read(self.path / PLAN)
         except PlanError as e:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import sympy
+
 from tilecut.check_cut import check_cut
 from tilecut.check_token_cut import check_token_cut
 from tilecut.check_tokens import check_tokens
@@ -63,7 +65,9 @@ def cut_model(made: Prepared, config: PruneConfig | None, progress: Progress) ->
     if removes(tokens):
         with progress.stage("tokens"):
             whole = cut.graph.copy()
-            cut.shortest = two_stay(whole, tokens)
+            searched = made.tokens or made.token_losses
+            if searched is not None and isinstance(size := searched.stream.size, sympy.Symbol):
+                cut.shortest[whole.dims[size]] = two_stay(tokens)
             cut.records += run_passes(cut.graph, token_passes(tokens))
             cut.rungs.append(check_token_cut(whole, cut.graph, tokens))
     return cut
