@@ -44,6 +44,52 @@ CONFIGS: Mapping[str, Any] = {
 }
 
 
+# Of one encoder and one decoder.
+PAIR: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+}
+T5: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 3,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+PAIRS: Mapping[str, Any] = {
+    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
+    "whisper": lambda: transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(**PAIR, num_mel_bins=16, max_source_positions=40, max_target_positions=100)
+    ),
+    "mbart": lambda: transformers.MBartForConditionalGeneration(
+        transformers.MBartConfig(**PAIR, max_position_embeddings=POSITIONS)
+    ),
+}
+
+
+def pair(name: str) -> Any:
+    """An encoder-decoder of `PAIRS`, in eval mode."""
+    # Of the first seeds the one whose texts hold most tokens.
+    return talkative(PAIRS[name]().eval(), 3 if name == "t5" else 0)
+
+
 def decoder(name: str, seed: int = 0) -> Any:
     """A model of `CONFIGS`, in eval mode."""
     return talkative(transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()), seed)
@@ -56,8 +102,11 @@ def talkative(model: nn.Module, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise * 0.4)
+            if name.endswith(".q.weight"):
+                # T5 has no scale but the one in these weights.
+                parameter.copy_(noise * 0.1)
+            elif parameter.ndim > 1:
+                parameter.copy_(noise * (1.0 if "relative_attention_bias" in name else 0.4))
             elif name.endswith("bias"):
                 parameter.copy_(noise * 0.05)
             elif "gemma" not in type(model).__name__.lower():
@@ -154,8 +203,18 @@ class Written(nn.Module):
             cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]  # type: ignore[index]
             q, k = (t * cos + torch.cat((-t[..., 4:], t[..., :4]), -1) * sin for t in (q, k))
         scores = q @ k.transpose(-1, -2) * 8**-0.5
+        at = torch.arange(x.shape[1])
+        behind = at[:, None] - at
         if self.positions == "bias":
-            scores = scores + self.places.weight[: x.shape[1], 0]
+            scores = scores + 0.1 * (behind * at * 1.0).sin()
+        elif self.positions == "relative":
+            # A number for every distance, those of 12 and further alike, and for every head.
+            scores = scores + self.places.weight[behind.clamp(0, 12), :4].permute(2, 0, 1)
+        elif self.positions == "alibi":
+            # Counted from the start of the text.
+            scores = scores + torch.tensor([0.5, 0.25, 0.1, 0.05])[:, None, None] * at
+        elif self.positions == "ever":
+            scores = scores - 0.1 * (behind.abs() + 1.0).log()
         if self.causal:
             scores = scores + torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
         if mask is not None:

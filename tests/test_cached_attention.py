@@ -22,14 +22,18 @@ def heads(batch, count, length, width):
     repeats=st.integers(1, 3),
     window=st.sampled_from([-1, 0, 2, 5]),
     softcap=st.sampled_from([0.0, 1.5]),
+    distances=st.sampled_from([0, 1, 4, 40]),
 )
-def test_steps_equal_the_whole(first, steps, groups, repeats, window, softcap):
+def test_steps_equal_the_whole(first, steps, groups, repeats, window, softcap, distances):
     torch.manual_seed(len(first))
     batch, spare = len(first), 2
     total = max(first) + sum(steps)
     capacity = total + spare
     q, k, v = heads(batch, groups * repeats, total, 4), heads(batch, groups, total, 4), heads(batch, groups, total, 6)
-    want = attention(q, k, v, scale=0.4, causal="top_left", window=(window, -1), softcap=softcap)
+    table = torch.randn(groups * repeats, distances, dtype=torch.float64) if distances else None
+    behind = torch.arange(total)[:, None] - torch.arange(total)
+    bias = None if table is None else table[:, behind.clamp(0, distances - 1)][None]
+    want = attention(q, k, v, bias=bias, scale=0.4, causal="top_left", window=(window, -1), softcap=softcap)
     # NaN where nothing was written yet: it must not be read.
     cache = [torch.full((batch, groups, capacity, width), float("nan"), dtype=torch.float64) for width in (4, 6)]
     done = torch.zeros(batch, dtype=torch.int64)
@@ -38,7 +42,7 @@ def test_steps_equal_the_whole(first, steps, groups, repeats, window, softcap):
         size = int(new.max())
         at = (done[:, None] + torch.arange(size)).clamp(max=total - 1)[:, None, :, None]
         given_ = [x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3])) for x in (q, k, v)]
-        out, *cache = cached_attention(*given_, *cache, done, new, scale=0.4, window=window, softcap=softcap)
+        out, *cache = cached_attention(*given_, *cache, done, new, table, scale=0.4, window=window, softcap=softcap)
         for b in range(batch):
             n, p = int(new[b]), int(done[b])
             torch.testing.assert_close(out[b, :, :n], want[b, :, p : p + n])
@@ -52,7 +56,7 @@ def test_its_fake_and_schema_hold():
     counts = torch.tensor([1, 0]), torch.tensor([3, 2])
     torch.library.opcheck(
         torch.ops.tilecut.cached_attention.default,
-        (q, k, v, *cache, *counts),
+        (q, k, v, *cache, *counts, torch.randn(4, 5, dtype=torch.float64)),
         {"scale": 0.5, "window": 2, "softcap": 0.0},
         test_utils=("test_schema", "test_faketensor"),
     )
@@ -65,6 +69,8 @@ def test_its_fake_and_schema_hold():
         ({"past_key": heads(2, 2, 8, 5)}, "past_key does not fit"),
         ({"past_value": heads(1, 2, 8, 4)}, "past_value does not fit"),
         ({"lengths": torch.tensor([1])}, "lengths does not fit"),
+        ({"distance_bias": torch.randn(2, 5)}, r"distance_bias does not fit; got \[2, 5\]; wanted \[4, distances\]"),
+        ({"distance_bias": torch.randn(4, 0)}, "distance_bias does not fit"),
         ({"past_lengths": torch.tensor([6, 0])}, "more tokens than the cache has places; got 9; wanted at most 8"),
     ],
 )

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from checks import mlp_graph, randomise, tiny_bert
 from generation_models import POSITIONS, VOCAB, calm, decoder, greedy, written
 from tilecut import Artifact, PruneConfig, cli, compile_pruned, load
-from tilecut.plan_generation import eos_of
+from tilecut.plan_generation import ids_of
 from tilecut.whole_texts import WholeTexts
 from tilecut_runtime.errors import ConfigError, LoweringError
 from tilecut_runtime.reference import verify_on_device
@@ -155,7 +155,7 @@ def test_encoders_are_refused_and_nothing_is_left(tmp_path):
 
 def test_ends_of_texts():
     model = mlp_graph().module
-    assert eos_of(model) == ()
+    assert ids_of(model, "eos_token_id") == ()
     model.config = type("Config", (), {"eos_token_id": [3, 4]})
-    assert eos_of(model) == (3, 4)
-    assert eos_of(randomise(decoder("llama"))) == (2,)
+    assert ids_of(model, "eos_token_id") == (3, 4)
+    assert ids_of(randomise(decoder("llama")), "eos_token_id") == (2,)

@@ -90,7 +90,7 @@ def test_windows_and_soft_caps_are_attributes(tmp_path):
     assert [attribute(n, "scale", 0.0) for n in made.attentions] == [0.0625, 0.0625]
 
 
-@pytest.mark.parametrize("positions", ["learned", "slice", "counted", "rotary"])
+@pytest.mark.parametrize("positions", ["learned", "slice", "counted", "rotary", "relative", "alibi"])
 def test_models_written_by_hand_in_steps(positions, tmp_path):
     made = Written(captured(*written(positions)), tmp_path / "model.onnx")
     # One layer of queries, keys and values is read as it is, unless something turns them.

@@ -4,23 +4,25 @@ Before: logits [B, S, V] of tokens [B, S], attentions fused to causal `tilecut::
 by a mask [B, S] or not at all.
 After:
     tokens [B, S], past_lengths [B], lengths [B], for every attention past key and value [B, Hk, capacity, D or E]
+    (of an encoder-decoder also what `split_encoder.py` made its encoder give: cross.*)
     -> logits [B, 1, V] of each row's token lengths[b] - 1, and present keys and values, shaped like the past ones
 Rows are padded on the right, and row b's token s stands at position past_lengths[b] + s. Every attention becomes a
-`tilecut::cached_attention`; windows look back over the cache; the mask is gone. What the graph computes from positions is
-read from tables (`tabulate_positions.py`), and logits are made for one token a row (`keep_last_token.py`). Each attention
-has the heads and widths that pruning left it, and one that was removed has no cache. `graph.states` says which output
-continues which input; `graph.ranges` how many places a cache may have.
+`tilecut::cached_attention`; windows look back over the cache, biases for pairs of positions are told by distance
+(`distance_bias.py`), and attention on an encoder's keys stays as it is; the mask is gone. What the graph computes from
+positions is read from tables (`tabulate_positions.py`), and logits are made for one token a row (`keep_last_token.py`).
+Each attention has the heads and widths that pruning left it, and one that was removed has no cache. `graph.states` says
+which output continues which input; `graph.ranges` how many places a cache may have.
 
-Refused, with one error that names the node: attention that is not causal, that has a bias, ALiBi or global tokens, or whose
-keys come from elsewhere; ops that mix tokens otherwise; inputs other than tokens and their mask; a fixed length; a graph
-that was captured with a cache.
+Refused, with one error that names the node: attention that is not causal, that has global tokens or a bias that distances
+do not tell, or whose keys come from elsewhere; ops that mix tokens otherwise; inputs other than tokens and their mask; a
+fixed length; a graph that was captured with a cache.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import sympy
@@ -29,6 +31,7 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
+from tilecut_passes.distance_bias import distance_table
 from tilecut_passes.find_token_sites import mixes
 from tilecut_passes.graph import (
     Graph,
@@ -43,11 +46,11 @@ from tilecut_passes.graph import (
     value_of,
 )
 from tilecut_passes.keep_last_token import keep_last_token
-from tilecut_passes.tabulate_positions import ROTARY, TabulatePositions, reads_values
+from tilecut_passes.tabulate_positions import ROTARY, TabulatePositions, reached_by
 
 # Importing it registers tilecut::cached_attention.
 from tilecut_runtime import cached_attention as _cached_attention_op
-from tilecut_runtime.cache_layout import LENGTHS, PAST_LENGTHS, past_name, present_name
+from tilecut_runtime.cache_layout import CROSS, LENGTHS, PAST_LENGTHS, past_name, present_name
 from tilecut_runtime.errors import LoweringError
 from tilecut_runtime.manifest import DimRange
 
@@ -84,26 +87,28 @@ class AddCache:
             )
         tokens, mask = find_tokens(graph)
         batch, length = _symbols(graph, tokens)
-        reached = reached_by(tokens)
-        attentions = [n for n in graph.nodes if is_call(n, ATTENTION)]
+        reached = reached_by([tokens])
+        attentions, across = _sort_attentions(graph, reached)
         output = _output_of_logits(graph)
-        _check(graph, tokens, length, reached, attentions)
+        _check(graph, tokens, length, reached, attentions, across)
         name = graph.dims[length]
         longest = self._longest(graph, name)
         graph.ranges[name] = DimRange(1, longest)
         past_lengths, lengths = (
-            _placeholder(graph, name, value_of(tokens).shape[:1], torch.int64) for name in (PAST_LENGTHS, LENGTHS)
+            placeholder(graph, name, value_of(tokens).shape[:1], torch.int64) for name in (PAST_LENGTHS, LENGTHS)
         )
         capacity = _new_size(graph, CAPACITY, longest)
         tables = TabulatePositions(
             graph, _positions(graph, tokens, past_lengths, longest), mask, batch, length, longest
         )
         _check_paddings(tables, attentions)
-        # What attention reads of positions is the padding that was just looked at.
+        biases = _Biases(tables)
+        told = [biases(node) for node in attentions]
+        # What attention reads of positions is the padding and the biases that were just looked at.
         tables(reached, apart=attentions)
         presents: list[tuple[str, fx.Node]] = []
         for i, node in enumerate(attentions):
-            presents += _cache(graph, node, i, capacity, past_lengths, lengths)
+            presents += _cache(graph, node, i, capacity, past_lengths, lengths, told[i])
         result = keep_last_token(graph, graph.results[output], tokens, lengths)
         _read_sizes(graph, tokens, (batch, length))
         graph.fx.output_node().args = ((result, *(node for _, node in presents)),)
@@ -129,6 +134,8 @@ def find_tokens(graph: Graph) -> tuple[fx.Node, str | None]:
     found: list[str] = []
     mask = None
     for name, node in zip(graph.inputs, graph.placeholders, strict=True):
+        if name.startswith(CROSS):
+            continue
         value = value_of(node)
         if value.ndim != 2 or value.is_floating_point():
             raise LoweringError(
@@ -173,13 +180,12 @@ def _symbols(graph: Graph, tokens: fx.Node) -> tuple[sympy.Symbol, sympy.Symbol]
     return found[0], found[1]
 
 
-def reached_by(tokens: fx.Node) -> set[fx.Node]:
-    """The tensors that depend on the token ids."""
-    found = {tokens}
-    for node in tokens.graph.nodes:
-        if any(one in found and reads_values(node, one) for one in node.all_input_nodes) and node.op != "output":
-            found.add(node)
-    return found
+def _sort_attentions(graph: Graph, reached: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The attentions of the tokens on themselves, and those on what an encoder gave."""
+    given = set(reached_by([n for name, n in zip(graph.inputs, graph.placeholders, strict=True) if name.startswith(CROSS)]))
+    found = [n for n in graph.nodes if is_call(n, ATTENTION)]
+    across = [n for n in found if all(arguments(n)[part] in given - reached for part in "kv")]
+    return [n for n in found if n not in across], across
 
 
 def _output_of_logits(graph: Graph) -> int:
@@ -192,14 +198,22 @@ def _output_of_logits(graph: Graph) -> int:
 
 
 def _check(
-    graph: Graph, tokens: fx.Node, length: sympy.Symbol, reached: set[fx.Node], attentions: Sequence[fx.Node]
+    graph: Graph,
+    tokens: fx.Node,
+    length: sympy.Symbol,
+    reached: set[fx.Node],
+    attentions: Sequence[fx.Node],
+    across: Sequence[fx.Node],
 ) -> None:
     """Refuse what a cache cannot stand for."""
     dims = {n: _places(value_of(n), length) for n in reached if isinstance(value_of(n), Tensor)}
     for node in graph.nodes:
         if node not in reached:
             continue
-        reason = _unfit(node, reached) if node in attentions else _mixing(node, dims, length)
+        if node in attentions:
+            reason = _unfit(node, reached)
+        else:
+            reason = _unfit_across(node, reached) if node in across else _mixing(node, dims, length)
         if reason is not None:
             behind = {one.name for one in ancestors([node]) if one not in reached or one is node}
             refused = [r.why for r in graph.refusals if r.node in behind]
@@ -247,10 +261,8 @@ def _unfit(node: fx.Node, reached: set[fx.Node]) -> str | None:
     """Why an attention cannot have a cache, or None."""
     a = arguments(node)
     q, k = (sizes_of(value_of(a[name])) for name in ("q", "k"))
-    if a["bias"] is not None:
-        return "this attention has a bias for pairs of positions"
-    if a["alibi_slopes"] is not None:
-        return "this attention has ALiBi, a bias for pairs of positions"
+    if any(a[name] in reached for name in ("bias", "alibi_slopes")):
+        return "this attention has a bias that depends on the token ids"
     if a["causal"] == "none":
         return "this attention is not causal"
     if q[2] != k[2] or any(a[name] not in reached for name in "qkv"):
@@ -262,6 +274,16 @@ def _unfit(node: fx.Node, reached: set[fx.Node]) -> str | None:
     return None
 
 
+def _unfit_across(node: fx.Node, reached: set[fx.Node]) -> str | None:
+    """Why an attention on an encoder's keys cannot stay as it is, or None."""
+    a = arguments(node)
+    if a["causal"] != "none" or max(a["window"]) >= 0:
+        return "this attention on the encoder's keys sees some of them by their place"
+    if a["bias"] is not None or a["alibi_slopes"] is not None:
+        return "this attention on the encoder's keys has a bias for pairs of positions"
+    return "this attention has dropout" if a["dropout_p"] else None
+
+
 def _check_paddings(tables: TabulatePositions, attentions: Sequence[fx.Node]) -> None:
     """Real tokens are seen by every attention."""
     for node in {arguments(n)["key_padding"] for n in attentions} - {None}:
@@ -269,7 +291,32 @@ def _check_paddings(tables: TabulatePositions, attentions: Sequence[fx.Node]) ->
             raise LoweringError(WHERE, f"{node.name} hides keys that the mask says are real")
 
 
-def _placeholder(graph: Graph, name: str, sizes: Sequence[int | torch.SymInt], dtype: torch.dtype) -> fx.Node:
+@dataclass
+class _Biases:
+    """The tables of biases by distance; attentions with equal ones share it."""
+
+    tables: TabulatePositions
+    known: dict[tuple[fx.Node | None, ...], fx.Node | None] = field(default_factory=dict)
+    held: list[tuple[Tensor, fx.Node]] = field(default_factory=list)
+
+    def __call__(self, attention: fx.Node) -> fx.Node | None:
+        """The tensor [Hq, R] of an attention, None where it has no bias."""
+        a = arguments(attention)
+        key = a["bias"], a["alibi_slopes"]
+        if key not in self.known:
+            table = distance_table(self.tables, attention)
+            self.known[key] = None if table is None else self._hold(table, attention)
+        return self.known[key]
+
+    def _hold(self, table: Tensor, attention: fx.Node) -> fx.Node:
+        equal = next((node for held, node in self.held if torch.equal(held, table)), None)
+        if equal is None:
+            equal = self.tables.graph.add_tensor(f"{attention.name}_distance_bias", table)
+            self.held.append((table, equal))
+        return equal
+
+
+def placeholder(graph: Graph, name: str, sizes: Sequence[int | torch.SymInt], dtype: torch.dtype) -> fx.Node:
     """A new input behind the others."""
     with graph.fx.inserting_after(graph.placeholders[-1]):
         node = graph.fx.placeholder(name.replace(".", "_"))
@@ -300,7 +347,13 @@ def _positions(graph: Graph, tokens: fx.Node, past_lengths: fx.Node, longest: in
 
 
 def _cache(
-    graph: Graph, node: fx.Node, index: int, capacity: torch.SymInt, past_lengths: fx.Node, lengths: fx.Node
+    graph: Graph,
+    node: fx.Node,
+    index: int,
+    capacity: torch.SymInt,
+    past_lengths: fx.Node,
+    lengths: fx.Node,
+    distance_bias: fx.Node | None,
 ) -> list[tuple[str, fx.Node]]:
     """Put the op with a cache in the place of an attention; returns the outputs that continue it, with their names."""
     a = arguments(node)
@@ -308,7 +361,7 @@ def _cache(
     for part, name in (("key", "k"), ("value", "v")):
         value = value_of(a[name])
         sizes = (*value.shape[:2], capacity, value.shape[3])
-        past = _placeholder(graph, past_name(index, part), sizes, value.dtype)
+        past = placeholder(graph, past_name(index, part), sizes, value.dtype)
         graph.states[past_name(index, part)] = present_name(index, part)
         pasts.append(past)
     with calls_before(graph, node) as call:
@@ -318,6 +371,7 @@ def _cache(
             *pasts,
             past_lengths,
             lengths,
+            distance_bias,
             scale=a["scale"],
             window=a["window"][0],
             softcap=a["softcap"],

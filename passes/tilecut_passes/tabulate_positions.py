@@ -13,7 +13,7 @@ dimensions of positions, and ways of reading them that are not listed in `READER
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -213,6 +213,15 @@ def half_of_pairs(table: Tensor, interleaved: bool) -> Tensor | None:
         return None
     first, second = (table[:, ::2], table[:, 1::2]) if interleaved else table.chunk(2, -1)
     return first.contiguous() if torch.equal(first, second) else None
+
+
+def reached_by(starts: Sequence[fx.Node]) -> set[fx.Node]:
+    """The tensors that depend on the values of `starts`, which are among them."""
+    found = set(starts)
+    for node in starts[0].graph.nodes if starts else ():
+        if node.op != "output" and any(one in found and reads_values(node, one) for one in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def reads_values(user: fx.Node, node: fx.Node) -> bool:

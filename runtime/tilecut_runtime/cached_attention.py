@@ -6,7 +6,8 @@ position P + s and sees the places
 
     max(0, P + s - window) .. P + s         window: how far it looks back; -1 is unbounded
 
-with the score `softcap * tanh(q k^T scale / softcap)`, plain when softcap is 0. Query head h reads KV head h // (Hq / Hk).
+with the score `softcap * tanh(q k^T scale / softcap)`, plain when softcap is 0, plus `distance_bias[h, min(i - j, R - 1)]`
+of query head h at place i for the key at place j, where there is one. Query head h reads KV head h // (Hq / Hk).
 The outputs of padding, and what present holds behind P + L, are no one's to read: here they are 0 and the past's.
 """
 
@@ -29,6 +30,7 @@ def cached_attention(
     past_value: Tensor,
     past_lengths: Tensor,
     lengths: Tensor,
+    distance_bias: Tensor | None = None,
     *,
     scale: float,
     window: int = -1,
@@ -40,6 +42,7 @@ def cached_attention(
         q: [B, Hq, S, D]; k: [B, Hk, S, D]; v: [B, Hk, S, E]; one floating dtype; Hq a multiple of Hk.
         past_key: [B, Hk, C, D]; past_value: [B, Hk, C, E]: the cache.
         past_lengths, lengths: int64 [B].
+        distance_bias: [Hq, R], what is added to scores by how far the key is behind the query; R - 1 and further alike.
 
     Returns:
         out [B, Hq, S, E], and the cache with the new tokens in it, [B, Hk, C, D] and [B, Hk, C, E].
@@ -47,14 +50,21 @@ def cached_attention(
     Raises:
         InputError: shapes that do not fit, or tokens beyond the cache.
     """
-    check(q, k, v, past_key, past_value, past_lengths, lengths)
+    check(q, k, v, past_key, past_value, past_lengths, lengths, distance_bias)
     return torch.ops.tilecut.cached_attention(
-        q, k, v, past_key, past_value, past_lengths, lengths, scale=scale, window=window, softcap=softcap
+        q, k, v, past_key, past_value, past_lengths, lengths, distance_bias, scale=scale, window=window, softcap=softcap
     )
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, past_lengths: Tensor, lengths: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_lengths: Tensor,
+    lengths: Tensor,
+    distance_bias: Tensor | None = None,
 ) -> None:
     """Refuse operands that the op does not take."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or q.shape[1] % k.shape[1]:
@@ -76,6 +86,12 @@ def check(
                 got=f"{list(counts.shape)} {counts.dtype}",
                 wanted=f"[{q.shape[0]}] int64",
             )
+    if distance_bias is not None and (
+        distance_bias.ndim != 2 or distance_bias.shape[0] != q.shape[1] or not distance_bias.shape[1]
+    ):
+        raise InputError(
+            WHERE, "distance_bias does not fit", got=list(distance_bias.shape), wanted=f"[{q.shape[1]}, distances]"
+        )
 
 
 def cached_attention_naive(
@@ -86,6 +102,7 @@ def cached_attention_naive(
     past_value: Tensor,
     past_lengths: Tensor,
     lengths: Tensor,
+    distance_bias: Tensor | None = None,
     *,
     scale: float,
     window: int,
@@ -109,6 +126,9 @@ def cached_attention_naive(
     if window >= 0:
         seen = seen & (behind <= window)
     bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, float("-inf"))[:, None]
+    if distance_bias is not None:
+        # [B, S, C, Hq]
+        bias = bias + distance_bias.T[behind.clamp(0, distance_bias.shape[1] - 1)].permute(0, 3, 1, 2)
     # Places that no token has been written to may hold anything.
     filled = torch.arange(capacity, device=q.device) < (past_lengths + lengths)[:, None]
     keys, values = (held.masked_fill(~filled[:, None, :, None], 0.0) for held in present)
@@ -126,18 +146,19 @@ def _cached_attention_op(
     past_value: Tensor,
     past_lengths: Tensor,
     lengths: Tensor,
+    distance_bias: Tensor | None = None,
     *,
     scale: float,
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(q, k, v, past_key, past_value, past_lengths, lengths)
+    check(q, k, v, past_key, past_value, past_lengths, lengths, distance_bias)
     return cached_attention_naive(
-        q, k, v, past_key, past_value, past_lengths, lengths, scale=scale, window=window, softcap=softcap
+        q, k, v, past_key, past_value, past_lengths, lengths, distance_bias, scale=scale, window=window, softcap=softcap
     )
 
 
 @_cached_attention_op.register_fake
-def _(q, k, v, past_key, past_value, past_lengths, lengths, *, scale, window, softcap):
+def _(q, k, v, past_key, past_value, past_lengths, lengths, distance_bias=None, *, scale, window, softcap):
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     return out, past_key.new_empty(past_key.shape), past_value.new_empty(past_value.shape)

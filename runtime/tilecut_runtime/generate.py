@@ -2,6 +2,9 @@
 
     prompts -> rows without padding -> one step over the padded prompts -> one step a token, until every row has ended
 
+Of an encoder-decoder, what is given is read by the encoder once, and the tokens are the decoder's: `decoder_input_ids`, or
+those that the model begins with.
+
 Padding is put on the right, wherever the caller had it. A row that has ended is computed along with the others and written
 over at its own place in the cache, so that it needs no place more.
 """
@@ -16,15 +19,18 @@ import numpy as np
 
 from tilecut_runtime.errors import InputError
 from tilecut_runtime.onnx_decoder import OnnxDecoder
+from tilecut_runtime.openvino_decoder import OpenVinoDecoder
+from tilecut_runtime.read_source import read_source, reads_ids
 from tilecut_runtime.sample_tokens import Sampling, is_count
-from tilecut_runtime.stream_text import StreamText, open_tokenizer
+from tilecut_runtime.stream_text import StreamText, can_tell, open_tokenizer
 
 if TYPE_CHECKING:
     from tilecut_runtime.session import Session
 
 WHERE = "Session.generate"
+Decoder = OnnxDecoder | OpenVinoDecoder
 EOS, STOP, LENGTH = "eos", "stop", "length"
-OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty", "stop", "eos", "seed")
+OPTIONS = ("decoder_input_ids", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "eos", "seed")
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Generated:
 
     Attributes:
         tokens: the new ids of every row, the one that ended it included.
-        texts: the new texts, where prompts are texts, without what ended them.
+        texts: the new texts, where prompts are texts or no tokens at all, without what ended them.
         reasons: why each row ended: "eos", "stop" or "length".
     """
 
@@ -59,7 +65,7 @@ class Generated:
 
 @dataclass
 class Request:
-    """Checked prompts and options."""
+    """Checked prompts and options; `encoded` is what an encoder made of what was given."""
 
     prompts: list[np.ndarray]
     max_new_tokens: int
@@ -68,6 +74,7 @@ class Request:
     stop_ids: frozenset[int]
     writers: list[StreamText] = field(default_factory=list)
     tell: bool = False
+    encoded: dict[str, np.ndarray] | None = None
 
 
 def request_of(
@@ -82,6 +89,7 @@ def request_of(
     stop: Any,
     eos: Any,
     seed: int | None,
+    decoder_input_ids: Any,
     unknown: Mapping[str, Any],
 ) -> Request:
     """What `Session.generate` was asked for.
@@ -104,17 +112,27 @@ def request_of(
     strings = [one for one in stops if isinstance(one, str)]
     texts = [input_ids] if isinstance(input_ids, str) else input_ids
     said = isinstance(texts, list | tuple) and bool(texts) and all(isinstance(text, str) for text in texts)
+    # What is heard or seen is told as text where it can be.
+    tell = said or (session.manifest.encoder is not None and not reads_ids(session.encoder) and can_tell(session.manifest))
     tokenizer = None
-    if strings or said:
-        what = "the prompts are texts" if said else f"stop holds the string {strings[0]!r}"
+    if strings or tell:
+        what = f"stop holds the string {strings[0]!r}" if strings and not said else "the prompts are texts"
         tokenizer = open_tokenizer(session.path, session.manifest, what)
     if said:
         assert tokenizer is not None
         if attention_mask is not None:
             raise InputError(WHERE, "texts need no attention_mask", fix="leave it out")
         prompts = [np.array(one.ids, np.int64) for one in tokenizer.encode_batch(list(texts))]
-    else:
+    elif session.manifest.encoder is None:
         prompts = rows_of(input_ids, attention_mask)
+    else:
+        prompts = []
+    encoded = None
+    if session.manifest.encoder is not None:
+        encoded = read_source(session.encoder, prompts if said else input_ids, attention_mask)
+        prompts = _decoder_prompts(decoder, decoder_input_ids, len(next(iter(encoded.values()))))
+    elif decoder_input_ids is not None:
+        raise InputError(WHERE, "the model has no encoder", got="decoder_input_ids", wanted="input_ids alone")
     _check_prompts(prompts, decoder)
     writers = [StreamText(tokenizer, [int(t) for t in prompt], strings) for prompt in prompts] if tokenizer else []
     return Request(
@@ -124,8 +142,25 @@ def request_of(
         frozenset(map(int, ends)),
         frozenset(int(one) for one in stops if not isinstance(one, str)),
         writers,
-        said,
+        tell,
+        encoded,
     )
+
+
+def _decoder_prompts(decoder: Decoder, given: Any, rows: int) -> list[np.ndarray]:
+    """The ids that the decoder of `rows` texts begins with: those given, or the model's own."""
+    if given is None:
+        if not decoder.layout.start:
+            raise InputError(WHERE, "the model names no id that its decoder begins with", fix="give decoder_input_ids")
+        return [np.array(decoder.layout.start, np.int64)] * rows
+    prompts = rows_of(given, None, "decoder_input_ids")
+    if len(prompts) == 1:
+        prompts *= rows
+    if len(prompts) != rows:
+        raise InputError(
+            WHERE, "decoder_input_ids has other rows than the input", got=len(prompts), wanted=f"{rows}, or one for all"
+        )
+    return prompts
 
 
 def _listed(given: Any) -> list[Any]:
@@ -139,8 +174,8 @@ def _listed(given: Any) -> list[Any]:
     )
 
 
-def rows_of(input_ids: Any, attention_mask: Any) -> list[np.ndarray]:
-    """The real ids of every row, int64.
+def rows_of(input_ids: Any, attention_mask: Any, name: str = "input_ids") -> list[np.ndarray]:
+    """The real ids of every row, int64; `name` is what the caller calls them.
 
     Raises:
         InputError: they are no ids, or the mask does not fit them.
@@ -149,15 +184,15 @@ def rows_of(input_ids: Any, attention_mask: Any) -> list[np.ndarray]:
         isinstance(row, list | tuple | np.ndarray) for row in input_ids
     )
     if ragged and attention_mask is None:
-        return [_ids(row, 1) for row in input_ids]
-    ids = _ids(input_ids, 2)
+        return [_ids(row, 1, name) for row in input_ids]
+    ids = _ids(input_ids, 2, name)
     if attention_mask is None:
         return list(ids)
     mask = np.atleast_2d(np.asarray(attention_mask))
     if mask.shape != ids.shape or mask.dtype.kind not in "biu":
         raise InputError(
             WHERE,
-            "attention_mask does not fit input_ids",
+            f"attention_mask does not fit {name}",
             got=f"{mask.dtype} {list(mask.shape)}",
             wanted=f"integers {list(ids.shape)}",
         )
@@ -172,27 +207,27 @@ def rows_of(input_ids: Any, attention_mask: Any) -> list[np.ndarray]:
     return found
 
 
-def _ids(given: Any, rank: int) -> np.ndarray:
+def _ids(given: Any, rank: int, name: str) -> np.ndarray:
     try:
         found = np.asarray(given)
     # numpy's own words for rows of unequal lengths.
     except ValueError as e:
         raise InputError(
-            WHERE, f"input_ids are no array ({e})", wanted="integers [batch, sequence], or rows of them"
+            WHERE, f"{name} are no array ({e})", wanted="integers [batch, sequence], or rows of them"
         ) from e
     if found.size == 0:
         return np.zeros((0,) if rank == 1 else found.shape if found.ndim == 2 else (1, 0), np.int64)
     if found.dtype.kind not in "iu" or found.ndim > rank or found.ndim == 0:
         raise InputError(
             WHERE,
-            "input_ids are no token ids",
+            f"{name} are no token ids",
             got=f"{found.dtype} {list(found.shape)}",
             wanted="integers [batch, sequence], or texts",
         )
     return np.atleast_2d(found).astype(np.int64) if rank == 2 else found.astype(np.int64)
 
 
-def _check_prompts(prompts: Sequence[np.ndarray], decoder: OnnxDecoder) -> None:
+def _check_prompts(prompts: Sequence[np.ndarray], decoder: Decoder) -> None:
     if not prompts:
         raise InputError(WHERE, "there is no prompt", wanted="one row at least")
     most = decoder.layout.max_length
@@ -215,13 +250,13 @@ def _check_prompts(prompts: Sequence[np.ndarray], decoder: OnnxDecoder) -> None:
             )
 
 
-def steps_of(decoder: OnnxDecoder, request: Request) -> Iterator[Step]:
+def steps_of(decoder: Decoder, request: Request) -> Iterator[Step]:
     """One `Step` for every token of the longest row."""
     prompts, most = request.prompts, decoder.layout.max_length
     rows = len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)
     # The last token that is chosen is never read.
-    decoding = decoder.start(rows, min(int(lengths.max()) + request.max_new_tokens - 1, most))
+    decoding = decoder.start(rows, min(int(lengths.max()) + request.max_new_tokens - 1, most), request.encoded)
     # The token behind the last position is chosen, and read by nothing.
     held = [np.zeros(min(len(prompt) + request.max_new_tokens, most + 1), np.int64) for prompt in prompts]
     for row, prompt in enumerate(prompts):
@@ -272,7 +307,7 @@ def _end(request: Request, row: int, token: int, count: int, most: int) -> tuple
     return reason, text
 
 
-def generate(decoder: OnnxDecoder, request: Request) -> Generated:
+def generate(decoder: Decoder, request: Request) -> Generated:
     """All steps together."""
     rows = len(request.prompts)
     made = Generated([[] for _ in range(rows)], [""] * rows if request.tell else None, [""] * rows)

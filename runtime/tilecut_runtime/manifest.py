@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tilecut_runtime.cache_layout import CacheLayout
+from tilecut_runtime.cache_layout import CROSS, CacheLayout
 from tilecut_runtime.errors import ArtifactError
 
 FORMAT = 1
@@ -106,13 +106,23 @@ class Manifest:
     generation: CacheLayout | None = None
     # Of the module for PyTorch, where the deployed model's is another: a model with a cache is kept without one there.
     module: Signature | None = None
+    # Of the encoder that runs once before the model; its outputs are inputs of the model, cross.*.
+    encoder: Signature | None = None
+
+    @property
+    def of_encoder(self) -> Manifest:
+        """The manifest with the inputs, outputs and sizes of the encoder, which there must be."""
+        assert self.encoder is not None
+        return self._with(self.encoder)
 
     @property
     def of_module(self) -> Manifest:
         """The manifest with the inputs, outputs and sizes of the module for PyTorch."""
         if self.module is None:
             return self
-        one = self.module
+        return self._with(self.module)
+
+    def _with(self, one: Signature) -> Manifest:
         return replace(self, inputs=one.inputs, outputs=one.outputs, dims=one.dims, returns=one.returns)
 
     def write(self, folder: Path) -> None:
@@ -284,6 +294,9 @@ def _parse(held: dict[str, Any]) -> Manifest:
 
     own = signature(held)
     inputs, outputs = own.inputs, own.outputs
+    encoder = None if held.get("encoder") is None else signature(held["encoder"])
+    if encoder is not None and (odd := {s.name for s in encoder.outputs} ^ {s.name for s in inputs if s.name.startswith(CROSS)}):
+        raise ValueError(f"encoder and model do not both have {min(odd)!r}")
     return Manifest(
         target=text(held["target"]),
         runtime=text(held["runtime"]),
@@ -299,6 +312,7 @@ def _parse(held: dict[str, Any]) -> Manifest:
         if held.get("generation") is None
         else CacheLayout.parse(held["generation"], tuple(i.name for i in inputs), tuple(o.name for o in outputs)),
         module=None if held.get("module") is None else signature(held["module"]),
+        encoder=encoder,
         tools={k: text(v) for k, v in held["tools"].items()},
         created=text(held["created"]),
         verification=tuple(rung(r) for r in held["verification"]),

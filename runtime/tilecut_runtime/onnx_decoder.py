@@ -6,6 +6,7 @@ are bound once and filled anew.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,8 @@ from tilecut_runtime.manifest import Manifest
 if TYPE_CHECKING:
     import onnxruntime
 
+Arrays = Mapping[str, np.ndarray]
+
 
 class OnnxDecoder:
     """A session that prefills prompts and decodes tokens."""
@@ -27,16 +30,16 @@ class OnnxDecoder:
         logits = next(spec for spec in manifest.outputs if spec.name == layout.logits)
         self.vocabulary = int(logits.shape[-1])
 
-    def start(self, batch: int, capacity: int) -> Decoding:
-        """A batch of empty caches that hold `capacity` tokens a row."""
-        return Decoding(self, batch, capacity)
+    def start(self, batch: int, capacity: int, encoded: Arrays | None = None) -> Decoding:
+        """A batch of empty caches that hold `capacity` tokens a row; `encoded` is what an encoder gave for it."""
+        return Decoding(self, batch, capacity, encoded or {})
 
 
 class Decoding:
     """The caches of one batch and how far each row has come."""
 
-    def __init__(self, decoder: OnnxDecoder, batch: int, capacity: int):
-        self.decoder, self.capacity = decoder, capacity
+    def __init__(self, decoder: OnnxDecoder, batch: int, capacity: int, encoded: Arrays):
+        self.decoder, self.capacity, self.encoded = decoder, capacity, encoded
         self.past = np.zeros(batch, np.int64)
         self.caches: dict[str, np.ndarray] = {}
         for name in decoder.layout.states:
@@ -82,7 +85,7 @@ class _Bound:
         self.lengths = np.zeros(batch, np.int64)
         self.logits = np.zeros((batch, 1, decoder.vocabulary), np.float32)
         self.binding = self.session.io_binding()
-        inputs = {layout.tokens: self.tokens, PAST_LENGTHS: decoding.past, LENGTHS: self.lengths}
+        inputs = {layout.tokens: self.tokens, PAST_LENGTHS: decoding.past, LENGTHS: self.lengths, **decoding.encoded}
         outputs = {layout.logits: self.logits}
         # On the CPU onnxruntime reads and writes the arrays' own memory.
         for name, array in inputs.items():

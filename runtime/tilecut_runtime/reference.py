@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tilecut_runtime.cache_layout import MASK
 from tilecut_runtime.errors import ArtifactError
 from tilecut_runtime.manifest import Manifest, Rung
 
+if TYPE_CHECKING:
+    from tilecut_runtime.session import Session
+
 FOLDER = "ref"
+# What cases' file names begin with: of the model, and of its encoder.
+MODEL, ENCODER = "case", "encoder"
 # Larger numbers stand for infinity; outputs smaller than this are compared absolutely.
 HUGE, SMALL = 1e30, 1e-3
 # So many numbers of an output are compared at a time: the logits of a large vocabulary in float64 are gigabytes.
@@ -133,25 +140,25 @@ def scaled_error(want: np.ndarray, got: np.ndarray) -> float:
     return worst
 
 
-def write_cases(cases: Sequence[Case], folder: Path) -> None:
-    """Write each case as `ref/case_<i>.npz`."""
-    (folder / FOLDER).mkdir()
+def write_cases(cases: Sequence[Case], folder: Path, of: str = MODEL) -> None:
+    """Write each case as `ref/case_<i>.npz`; `of` is what stands in the place of `case`."""
+    (folder / FOLDER).mkdir(exist_ok=True)
     for i, case in enumerate(cases):
         arrays = {
             f"{part}:{name}": array
             for part in ("inputs", "outputs", "valid")
             for name, array in getattr(case, part).items()
         }
-        np.savez(folder / FOLDER / f"case_{i}.npz", **arrays)  # type: ignore[arg-type]
+        np.savez(folder / FOLDER / f"{of}_{i}.npz", **arrays)  # type: ignore[arg-type]
 
 
-def read_cases(folder: Path, manifest: Manifest) -> list[Case]:
-    """The artifact's reference cases, after a check of their hashes.
+def read_cases(folder: Path, manifest: Manifest, of: str = MODEL) -> list[Case]:
+    """The artifact's reference cases, after a check of their hashes; those of the encoder with `manifest.of_encoder`.
 
     Raises:
         ArtifactError: there are none, or one is missing, altered or not of this artifact.
     """
-    names = sorted(f for f in manifest.files if f.startswith(f"{FOLDER}/"))
+    names = sorted(f for f in manifest.files if f.startswith(f"{FOLDER}/{of}_"))
     if not names:
         raise ArtifactError(str(folder), f"no reference inputs in {FOLDER}/")
     manifest.check_files(folder, names)
@@ -202,4 +209,40 @@ def verify_on_device(folder: Path, device: str | None = None) -> list[Rung]:
     sizes = ", ".join(case.size for case in cases)
     detail = f"{session.how} on {session.device} against the outputs in {FOLDER}/, inputs of {sizes}"
     quantized = manifest.quantize is not None
-    return rungs + agreement_rungs("artifact equals reference", cases, session.run, limit, detail, quantized)
+    rungs += agreement_rungs("artifact equals reference", cases, session.run, limit, detail, quantized)
+    if manifest.encoder is not None:
+        cases = read_cases(folder, manifest.of_encoder, ENCODER)
+        found = agreement_rungs("artifact equals reference", cases, session.encoder.run, limit, detail, quantized)
+        rungs += of_encoder(found)
+    if manifest.generation is not None and manifest.generation.stateful:
+        rungs.append(decoding_rung(session, cases, limit))
+    return rungs
+
+
+def decoding_rung(session: Session, cases: Sequence[Case], limit: float) -> Rung:
+    """How far the last token's logits are from the cases' when it is read behind a cache that the runtime holds."""
+    layout = session.decoder.layout
+    worst = 0.0
+    for case in cases:
+        tokens, lengths = case.inputs[layout.tokens], case.inputs[MASK].sum(1)
+        # A case's rows are padded on the left; steps take them padded on the right.
+        rows = [tokens[i, tokens.shape[1] - n :] for i, n in enumerate(lengths)]
+        if lengths.min() < 2:
+            continue
+        padded = np.stack([np.pad(row, (0, tokens.shape[1] - len(row))) for row in rows])
+        decoding = session.decoder.start(len(rows), tokens.shape[1])
+        decoding.step(padded[:, :-1], lengths - 1)
+        decoding.accept(lengths - 1)
+        got = decoding.step(np.array([[row[-1]] for row in rows]), np.ones(len(rows), np.int64))
+        want = case.outputs[layout.logits][:, 0].astype(np.float64)
+        if session.manifest.quantize is None:
+            worst = max(worst, scaled_error(want, got))
+        else:
+            worst = max(worst, float(np.linalg.norm(want - got) / max(float(np.linalg.norm(want)), SMALL)))
+    detail = f"{session.how} on {session.device}, the last token of every case read behind the cache of those before it"
+    return Rung("decoding equals reference", "passed" if worst <= limit else "failed", detail, worst, limit)
+
+
+def of_encoder(rungs: Sequence[Rung]) -> list[Rung]:
+    """Rungs as those of an artifact's encoder."""
+    return [replace(rung, name=f"encoder: {rung.name}") for rung in rungs]

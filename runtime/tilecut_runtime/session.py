@@ -17,6 +17,7 @@ from tilecut_runtime.errors import ArtifactError, InputError, first_line
 from tilecut_runtime.generate import Generated, Step, generate, request_of, steps_of
 from tilecut_runtime.manifest import DimRange, Manifest, TensorSpec
 from tilecut_runtime.onnx_decoder import OnnxDecoder
+from tilecut_runtime.openvino_decoder import OpenVinoDecoder
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -39,10 +40,11 @@ class Session:
         runner: Runner,
         device: str,
         how: str = "onnxruntime",
-        decoder: OnnxDecoder | None = None,
+        decoder: OnnxDecoder | OpenVinoDecoder | None = None,
+        encoder: Session | None = None,
     ):
         self.path, self.manifest, self.device, self.how = path, manifest, device, how
-        self._runner, self._decoder = runner, decoder
+        self._runner, self._decoder, self._encoder = runner, decoder, encoder
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -102,6 +104,7 @@ class Session:
         attention_mask: Any = None,
         max_new_tokens: int = 128,
         *,
+        decoder_input_ids: Any = None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -115,8 +118,11 @@ class Session:
 
         Args:
             input_ids: ids [B, S] or [S], rows of ids of unequal lengths, a text or several texts.
+                Of an encoder-decoder, what its encoder reads: the same, or its inputs by name where they are no ids.
             attention_mask: which ids are real, [B, S]; padding is on the left or on the right. None: all of them.
             max_new_tokens: of every row; a row also ends where the model has no position left.
+            decoder_input_ids: of an encoder-decoder: ids that its decoder begins with, as `input_ids` may be given, one row
+                for all or one each. None takes the model's own.
             temperature: logits are divided by it before one is drawn; 0 takes the most likely token.
             top_k: only so many most likely tokens are drawn from.
             top_p: only the most likely tokens that together have this probability are drawn from.
@@ -131,7 +137,7 @@ class Session:
         """
         request = request_of(
             self, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, eos, seed,
-            unknown,
+            decoder_input_ids, unknown,
         )  # fmt: skip
         return generate(self.decoder, request)
 
@@ -141,6 +147,7 @@ class Session:
         attention_mask: Any = None,
         max_new_tokens: int = 128,
         *,
+        decoder_input_ids: Any = None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -153,12 +160,12 @@ class Session:
         """`generate`, token by token."""
         request = request_of(
             self, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, eos, seed,
-            unknown,
+            decoder_input_ids, unknown,
         )  # fmt: skip
         return steps_of(self.decoder, request)
 
     @property
-    def decoder(self) -> OnnxDecoder:
+    def decoder(self) -> OnnxDecoder | OpenVinoDecoder:
         """What runs steps with a cache.
 
         Raises:
@@ -169,6 +176,19 @@ class Session:
                 "Session.generate", f"{self.path.name} was compiled without a cache", fix="compile it with generate=True"
             )
         return self._decoder
+
+    @property
+    def encoder(self) -> Session:
+        """What runs the encoder of an encoder-decoder that was compiled with `generate=True`.
+
+        Raises:
+            InputError: the artifact has none.
+        """
+        if self._encoder is None:
+            raise InputError(
+                "Session.encoder", f"{self.path.name} has no encoder apart", wanted="an encoder-decoder with a cache"
+            )
+        return self._encoder
 
     def __repr__(self) -> str:
         inputs = "; ".join(map(str, self.inputs))
@@ -284,14 +304,19 @@ def _open_onnxruntime(folder: Path, manifest: Manifest, device: str | None, thre
     _check_cpu(folder, manifest, device)
     session = open_onnx(folder, manifest, "model", threads)
     decoder = None if manifest.generation is None else OnnxDecoder(session, manifest, manifest.generation)
-    return Session(folder, manifest, runner_of(session, manifest), "cpu", decoder=decoder)
+    encoder = None
+    if manifest.encoder is not None:
+        apart = manifest.of_encoder
+        encoder = Session(folder, apart, onnx_runner(folder, apart, "encoder", threads), "cpu")
+    return Session(folder, manifest, runner_of(session, manifest), "cpu", decoder=decoder, encoder=encoder)
 
 
 def _open_openvino(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:
     _check_cpu(folder, manifest, device)
     from tilecut_runtime.openvino_runner import openvino_runner
 
-    return Session(folder, manifest, openvino_runner(folder, manifest, threads), "cpu", "openvino")
+    runner, decoder = openvino_runner(folder, manifest, threads)
+    return Session(folder, manifest, runner, "cpu", "openvino", decoder)
 
 
 def _open_executorch(folder: Path, manifest: Manifest, device: str | None, threads: int | None) -> Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,11 @@ TOKENIZER = "tokenizer.json"
 BROKEN = "\ufffd"
 # So many tokens before a new one decide how it is written: whether a space stands before it.
 CONTEXT = 8
+
+
+def can_tell(manifest: Manifest) -> bool:
+    """Whether the artifact has a tokenizer, and this machine the package that reads it."""
+    return TOKENIZER in manifest.files and importlib.util.find_spec("tokenizers") is not None
 
 
 def open_tokenizer(folder: Path, manifest: Manifest, what: str) -> tokenizers.Tokenizer:

@@ -66,6 +66,8 @@ class Target(ABC):
     packed = False
     # Whether the artifact is what torch.export writes, to which sizes of 1 are constants.
     exported = False
+    # Whether an encoder-decoder that generates is written as two models.
+    splits = False
     # What can be done to the written files after everything else, with how far the outputs may then differ, in norm; and
     # which of it needs calibration data.
     quantizations: ClassVar[Mapping[str, float]] = {}
@@ -163,6 +165,11 @@ class Target(ABC):
         """All passes from a legal graph to the fused one that `lowering` starts from."""
         return (FuseAttention(self.packed), *self.fusions)
 
+    @property
+    def before_caching(self) -> tuple[Pass, ...]:
+        """Passes over the fused graph of a model that generates, before its encoder, if it has one, is split off."""
+        return ()
+
     def caching(self, max_length: int | None = None) -> tuple[Pass, ...]:
         """Passes from the fused graph of a decoder to one that goes on from a key-value cache of `max_length` places at most.
 
@@ -180,6 +187,10 @@ class Target(ABC):
     def write(self, fused: Graph, lowered: Graph, folder: Path) -> Written:
         """Write the model's files into `folder`."""
 
+    def write_encoder(self, lowered: Graph, folder: Path) -> Written:
+        """Write the encoder of an encoder-decoder that generates, beside what `write` wrote."""
+        raise NotImplementedError(f"{self.name} has no models that generate")
+
     def quantize_files(self, folder: Path, batches: Sequence[Batch]) -> dict[str, object]:
         """Quantize what `write` wrote, as `quantize` says; returns facts for the report, the record as "quantization".
 
@@ -191,6 +202,10 @@ class Target(ABC):
     @abstractmethod
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
         """Climb the verification ladder; `cases` come from the pruned torch model."""
+
+    def verify_encoder(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
+        """The same for what `write_encoder` wrote."""
+        raise NotImplementedError(f"{self.name} has no models that generate")
 
     def agreement(
         self, manifest: Manifest, cases: Sequence[Case], run: Callable[[Arrays], Mapping[str, np.ndarray]], detail: str

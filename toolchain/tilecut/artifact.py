@@ -10,7 +10,7 @@ from tilecut_passes.graph import Graph
 from tilecut_passes.plan import ROTATIONS, PrunePlan
 from tilecut_runtime.errors import ArtifactError, PlanError
 from tilecut_runtime.manifest import Manifest, Rung, read_json
-from tilecut_runtime.reference import read_cases
+from tilecut_runtime.reference import ENCODER, read_cases
 from tilecut_runtime.torch_program import WEIGHTS, read_program
 
 PLAN, REPORT, REPORT_PAGE, MODULE = "plan.json", "report.json", "report.html", "module.pt2"
@@ -58,7 +58,11 @@ class Artifact:
         self.manifest.check_files(self.path)
         rungs = [Rung("hashes", "passed", f"{len(self.manifest.files)} files are as the manifest says")]
         target = find_target(self.manifest.target).quantized(self.manifest.quantize)
-        return rungs + target.verify(self.path, self.manifest, read_cases(self.path, self.manifest))
+        rungs += target.verify(self.path, self.manifest, read_cases(self.path, self.manifest))
+        if self.manifest.encoder is not None:
+            cases = read_cases(self.path, self.manifest.of_encoder, ENCODER)
+            rungs += target.verify_encoder(self.path, self.manifest, cases)
+        return rungs
 
     def graph(self) -> Graph:
         """The pruned model as the compiler's graph, before fusion: what passes and exporters take."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tilecut_runtime.cache_layout import LENGTHS, PAST_LENGTHS
+from tilecut_runtime.cache_layout import BEAMS, LENGTHS, PAST_LENGTHS, POSITIONS
 from tilecut_runtime.errors import ArtifactError, InputError
 from tilecut_runtime.manifest import DimRange, Manifest
 from tilecut_runtime.session import Session
@@ -82,7 +82,9 @@ def made_up_inputs(manifest: Manifest, batch: int, sequence: int) -> dict[str, n
             )
         except (MemoryError, ValueError) as e:
             raise InputError(f"input {spec.name}", "too large for this machine", got=shape) from e
-    if manifest.generation is not None:
+    if manifest.generation is not None and manifest.generation.stateful:
+        out[POSITIONS][:], out[BEAMS][:] = np.arange(sequence), np.arange(batch)
+    elif manifest.generation is not None:
         # Prompts that fill empty caches.
         out[PAST_LENGTHS][:], out[LENGTHS][:] = 0, sequence
     return out

@@ -23,7 +23,7 @@ from tilecut.make_step_cases import make_step_cases
 from tilecut.measure_fidelity import measure_fidelity
 from tilecut.measure_latency import measure_latency
 from tilecut.measure_quantized import measure_quantized
-from tilecut.plan_generation import check_generation, layout_of, with_cache
+from tilecut.plan_generation import check_generation, plan_generation, signature_of
 from tilecut.prepare import Prepared, prepare
 from tilecut.progress import Progress
 from tilecut.report import build_report, write_report
@@ -35,7 +35,7 @@ from tilecut_passes.prune import as_cut
 from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_runtime.errors import ConfigError, VerificationError
 from tilecut_runtime.manifest import DimRange, Manifest, Signature, list_files
-from tilecut_runtime.reference import write_cases
+from tilecut_runtime.reference import ENCODER, Case, write_cases
 from tilecut_runtime.torch_program import WEIGHTS, save_program, tensors_of
 from tilecut_targets.export_program import export_program
 from tilecut_targets.find_target import find_target
@@ -128,15 +128,18 @@ def emit(
         fused = pruned.copy()
         records += run_passes(fused, target.fusing, check=make_inputs(pruned, 2, 9, seed=1, ragged=False))
         fused.ranges = served.ranges
-    layout = None
+    layout, encoder = None, None
     if generate:
         with progress.stage("cache"):
-            fused, cached = with_cache(fused, target, max_length)
-            records += cached
-            served, layout = fused, layout_of(fused, made.model)
+            generation = plan_generation(fused, target, made.model, max_length)
+            records += generation.records
+            served = fused = generation.steps
+            layout, encoder = generation.layout, generation.encoder
     with progress.stage("choose forms"):
         kept = (config or PruneConfig()).cache_folder
-        target = target.decided(fused, {**AT, **plan.at}, measure, kept, progress.step)
+        sizes = {**AT, **plan.at}
+        before = None if encoder is None else target.decided(encoder, sizes, measure, kept, progress.step)
+        target = target.decided(fused, sizes, measure, kept, progress.step)
     with progress.stage("lower"):
         lowered = fused.copy()
         records += run_passes(lowered, target.lowering)
@@ -144,15 +147,24 @@ def emit(
     with artifact_folder(path) as folder:
         with progress.stage("write"):
             written = target.write(fused, lowered, folder)
+            if encoder is not None and before is not None:
+                first = encoder.copy()
+                records += run_passes(first, before.lowering)
+                beside = before.write_encoder(first, folder)
+                written.entry |= beside.entry
+                written.facts |= beside.facts
             _write_module(pruned, folder)
             plan.write(folder / PLAN)
             copy_companions(made.model, folder)
             seed = config.seed if config else 0
+            read: list[Case] = []
             if layout is None:
                 cases = make_cases(served, seed=seed)
             else:
-                cases, steps = make_step_cases(pruned, served, layout, seed)
+                cases, read, steps = make_step_cases(pruned, served, encoder, layout, seed)
                 rungs.append(steps)
+                if encoder is not None:
+                    write_cases(read, folder, ENCODER)
             write_cases(cases, folder)
         if target.quantize is not None:
             with progress.stage("quantize"):
@@ -160,24 +172,28 @@ def emit(
                 batches = [replace(batch, inputs=cut_inputs(batch.inputs)) for batch in made.fit]
                 written.facts |= target.quantize_files(folder, batches)
         with progress.stage("verify"):
+            deployed = signature_of(served, layout) if layout is not None else _signature(served)
             manifest = Manifest(
                 str(target),
                 target.runtime,
                 made.name,
                 written.entry,
-                served.input_specs(),
-                served.output_specs(),
-                served.ranges,
-                served.returns,
+                deployed.inputs,
+                deployed.outputs,
+                deployed.dims,
+                deployed.returns,
                 target.limit,
                 tool_versions(),
                 datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 quantize=target.quantize,
                 generation=layout,
                 module=None if layout is None else _signature(pruned),
+                encoder=None if encoder is None else _signature(encoder),
                 files=list_files(folder),
             )
             rungs += target.verify(folder, manifest, cases)
+            if encoder is not None:
+                rungs += target.verify_encoder(folder, manifest, read)
             if target.rounds and made.calibrated is not None:
                 rungs.append(check_lowered(pruned, lowered, made.calibrated.held_out, target.tolerance))
             if failed := [r for r in rungs if r.status == "failed"]:

@@ -2,7 +2,8 @@
 
 A case is a step: a prompt read into empty caches, the rows of unequal lengths, or one token more behind caches that earlier
 steps filled. Expected logits are the pruned model's own on the whole text; expected caches are those of the graph with the
-cache, as far as tokens were written to them.
+cache, as far as tokens were written to them. An encoder, where there is one, has cases of its own: what it reads in front of
+each batch of texts, of other lengths than theirs.
 """
 
 from __future__ import annotations
@@ -10,45 +11,69 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tilecut.make_cases import make_case, make_inputs
 from tilecut_passes.graph import Graph
-from tilecut_runtime.cache_layout import LENGTHS, PAST_LENGTHS, CacheLayout
+from tilecut_runtime.cache_layout import BEAMS, LENGTHS, MASK, PAST_LENGTHS, POSITIONS, CacheLayout
 from tilecut_runtime.manifest import Rung
 from tilecut_runtime.reference import Case, scaled_error
 
+# Of what an encoder reads, in front of each of `TEXTS`.
+READ = (1, 9, 40, 200)
 # Lengths of the rows' prompts, and how many single tokens follow; cut to what the model allows.
 TEXTS = (((1,), 1), ((8, 3), 2), ((13, 64, 5, 30), 2), ((256,), 1))
 LIMIT = 1e-4
 
 
-def make_step_cases(pruned: Graph, steps: Graph, layout: CacheLayout, seed: int = 0) -> tuple[list[Case], Rung]:
-    """The first and the last step of several batches of texts; how far all steps' logits are from the whole texts'."""
+def make_step_cases(
+    pruned: Graph, steps: Graph, encoder: Graph | None, layout: CacheLayout, seed: int = 0
+) -> tuple[list[Case], list[Case], Rung]:
+    """The first and the last step of several batches, the encoder's cases, and how far all steps are from whole texts."""
     cases: list[Case] = []
+    read: list[Case] = []
     worst, seen = 0.0, set()
     for i, (prompts, more) in enumerate(TEXTS):
         lengths = torch.tensor([max(1, min(n, layout.max_length - more)) for n in prompts])
         if tuple(lengths.tolist()) in seen or int(lengths.max()) + more > layout.max_length:
             continue
         seen.add(tuple(lengths.tolist()))
-        made, error = _run(pruned, steps, layout, lengths, more, seed + i)
-        cases += [made[0], made[-1]]
+        others = make_inputs(pruned, len(prompts), READ[i], seed + i)
+        given: dict[str, Tensor] = {}
+        if encoder is not None:
+            source = {name: others[name] for name in encoder.inputs}
+            given = encoder.run(source)
+            read.append(make_case(source, given))
+        made, error = _run(pruned, steps, layout, lengths, more, seed + i, others, given)
+        cases += made[:1] if len(made) == 1 else [made[0], made[-1]]
         worst = max(worst, error)
     sizes = ", ".join(f"{'+'.join(map(str, prompts))} tokens and {more} more" for prompts, more in TEXTS)
     detail = f"prompts in one step and tokens one by one, in torch, against whole texts of {sizes}"
-    return cases, Rung("steps equal the whole text", "passed" if worst <= LIMIT else "failed", detail, worst, LIMIT)
+    return cases, read, Rung("steps equal the whole text", "passed" if worst <= LIMIT else "failed", detail, worst, LIMIT)
 
 
 def _run(
-    pruned: Graph, steps: Graph, layout: CacheLayout, lengths: Tensor, more: int, seed: int
+    pruned: Graph,
+    steps: Graph,
+    layout: CacheLayout,
+    lengths: Tensor,
+    more: int,
+    seed: int,
+    others: dict[str, Tensor],
+    encoded: dict[str, Tensor],
 ) -> tuple[list[Case], float]:
+    """`others` are the pruned model's inputs, of which those of the tokens' shape are made anew; `encoded` is the encoder's."""
     generator = torch.Generator().manual_seed(seed)
     rows, total = len(lengths), int(lengths.max()) + more
+    if layout.stateful:
+        return _run_growing(pruned, steps, layout, lengths, more, seed)
     specs = {spec.name: spec for spec in steps.input_specs()}
     vocabulary = int(steps.output_specs()[0].shape[-1])
     ids = torch.randint(0, vocabulary, (rows, total), generator=generator).to(
         getattr(torch, specs[layout.tokens].dtype)
     )
-    others = {name: torch.ones_like(ids) for name in pruned.inputs if name != layout.tokens}
-    whole = pruned.run({layout.tokens: ids, **others})[layout.logits]
+    shapes = {spec.name: spec.shape for spec in pruned.input_specs()}
+    # Masks of the tokens.
+    ones = {name: torch.ones_like(ids) for name in pruned.inputs if shapes[name] == shapes[layout.tokens]}
+    whole = pruned.run({**others, **ones, layout.tokens: ids})[layout.logits]
     caches = {
         name: torch.zeros((rows, int(specs[name].shape[1]), total, int(specs[name].shape[3]))) for name in layout.states
     }
@@ -56,7 +81,7 @@ def _run(
     cases, worst = [], 0.0
     for _ in range(1 + more):
         places = (past[:, None] + torch.arange(int(new.max()))).clamp(max=total - 1)
-        inputs = {layout.tokens: ids.gather(1, places), PAST_LENGTHS: past, LENGTHS: new, **caches}
+        inputs = {layout.tokens: ids.gather(1, places), PAST_LENGTHS: past, LENGTHS: new, **caches, **encoded}
         outputs = steps.run(inputs)
         past = past + new
         want = whole[torch.arange(rows), past - 1][:, None]
@@ -64,6 +89,37 @@ def _run(
         cases.append(_case(layout, inputs, {**outputs, layout.logits: want}, past))
         caches = {name: outputs[present] for name, present in layout.states.items()}
         new = torch.ones_like(past)
+    return cases, worst
+
+
+def _run_growing(
+    pruned: Graph, steps: Graph, layout: CacheLayout, lengths: Tensor, more: int, seed: int
+) -> tuple[list[Case], float]:
+    """The same where caches grow and rows are padded on the left; the case is the prompts', read into empty caches."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, most = len(lengths), int(lengths.max())
+    specs = {spec.name: spec for spec in steps.input_specs()}
+    vocabulary = int(steps.output_specs()[0].shape[-1])
+    ids = torch.randint(0, vocabulary, (rows, most + more), generator=generator).to(
+        getattr(torch, specs[layout.tokens].dtype)
+    )
+    others = {name: torch.ones_like(ids) for name in pruned.inputs if name != layout.tokens}
+    whole = pruned.run({layout.tokens: ids, **others})[layout.logits]
+    place = torch.arange(most) - (most - lengths)[:, None]
+    caches = {name: torch.zeros((rows, int(specs[name].shape[1]), 0, int(specs[name].shape[3]))) for name in steps.states}
+    mask, positions = (place >= 0).long(), place.clamp(min=0)
+    tokens, cases, worst = ids.gather(1, positions), [], 0.0
+    for step in range(1 + more):
+        inputs = {layout.tokens: tokens, MASK: mask, POSITIONS: positions, BEAMS: torch.arange(rows, dtype=torch.int32)}
+        outputs = steps.run({**inputs, **caches})
+        want = whole[torch.arange(rows), lengths - 1 + step][:, None]
+        worst = max(worst, scaled_error(want.numpy(), outputs[layout.logits].numpy()))
+        if not step:
+            cases.append(_case(layout, inputs, {layout.logits: want}, lengths))
+        caches = {name: outputs[present] for name, present in steps.states.items()}
+        mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+        positions = (lengths + step)[:, None]
+        tokens = ids.gather(1, positions.clamp(max=ids.shape[1] - 1))
     return cases, worst
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from tilecut_passes.graph import Graph
 from tilecut_passes.run_passes import PassRecord, run_passes
-from tilecut_runtime.cache_layout import CacheLayout
-from tilecut_runtime.errors import ConfigError
+from tilecut_passes.split_encoder import split_encoder
+from tilecut_runtime.cache_layout import MASK, CacheLayout
+from tilecut_runtime.errors import ConfigError, LoweringError
+from tilecut_runtime.manifest import Signature
 from tilecut_targets.target import Target
 
 
@@ -39,28 +42,55 @@ def check_generation(generate: object, max_length: object, target: Target) -> No
         )
 
 
-def with_cache(fused: Graph, target: Target, max_length: int | None) -> tuple[Graph, list[PassRecord]]:
-    """A fused graph's prefill and decoding graph.
+@dataclass(frozen=True)
+class Generation:
+    """A model as it generates: what runs for every step, what runs once before (None where there is no encoder), and names."""
+
+    steps: Graph
+    encoder: Graph | None
+    layout: CacheLayout
+    records: list[PassRecord]
+
+
+def plan_generation(fused: Graph, target: Target, model: nn.Module, max_length: int | None) -> Generation:
+    """A fused graph's prefill and decoding graph, and its encoder.
 
     Raises:
         LoweringError: the model is no decoder that a cache can stand for.
     """
-    steps = fused.copy()
-    records = run_passes(steps, target.caching(max_length))
-    return steps, records
+    whole = fused.copy()
+    records = run_passes(whole, target.before_caching)
+    encoder, steps = split_encoder(whole) or (None, whole)
+    if encoder is not None and not target.splits:
+        raise LoweringError("generate", f"the {target} target writes decoders alone", got="an encoder-decoder", wanted="edge")
+    records += run_passes(steps, target.caching(max_length))
+    return Generation(steps, encoder, layout_of(steps, model, encoder is not None), records)
 
 
-def layout_of(steps: Graph, model: nn.Module) -> CacheLayout:
-    """What the manifest says of generation."""
+def layout_of(steps: Graph, model: nn.Module, encoded: bool) -> CacheLayout:
+    """What the manifest says of generation; `encoded`: of an encoder-decoder."""
     limits = steps.ranges["capacity"]
     assert limits.max is not None
-    return CacheLayout(steps.inputs[0], steps.outputs[0], dict(steps.states), limits.max, eos_of(model))
+    start = ids_of(model, "decoder_start_token_id") if encoded else ()
+    stateful = MASK in steps.inputs
+    states = {} if stateful else dict(steps.states)
+    eos = ids_of(model, "eos_token_id")
+    return CacheLayout(steps.inputs[0], steps.outputs[0], states, limits.max, eos, start, stateful)
 
 
-def eos_of(model: nn.Module) -> tuple[int, ...]:
-    """The ids that end a text, of a Hugging Face model's generation config or config; none of others."""
+def signature_of(steps: Graph, layout: CacheLayout) -> Signature:
+    """What the deployed model is called with: caches that the runtime holds are no inputs and outputs of it."""
+    held = {*steps.states, *steps.states.values()} if layout.stateful else set()
+    inputs, outputs = (
+        tuple(s for s in specs if s.name not in held) for specs in (steps.input_specs(), steps.output_specs())
+    )
+    return Signature(inputs, outputs, dict(steps.ranges), steps.returns)
+
+
+def ids_of(model: nn.Module, what: str) -> tuple[int, ...]:
+    """Ids, such as those that end a text, of a Hugging Face model's generation config or config; none of others."""
     for name in ("generation_config", "config"):
-        found: Any = getattr(getattr(model, name, None), "eos_token_id", None)
+        found: Any = getattr(getattr(model, name, None), what, None)
         if found is not None:
             return tuple(int(one) for one in (found if isinstance(found, list | tuple) else [found]))
     return ()

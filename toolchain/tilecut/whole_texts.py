@@ -15,7 +15,10 @@ from tilecut_runtime.session import Session
 
 
 class WholeTexts:
-    """Tokens [B, S], and a mask where the model had one -> logits [B, S, V]; every token but the first is a step of decoding."""
+    """Tokens [B, S], and a mask where the model had one -> logits [B, S, V]; every token but the first is a step of decoding.
+
+    An encoder reads its inputs once.
+    """
 
     def __init__(self, session: Session):
         self.session, self.decoder = session, session.decoder
@@ -24,11 +27,16 @@ class WholeTexts:
         """Logits, zeros where padding stands on the left of a text."""
         layout = self.decoder.layout
         ids = inputs[layout.tokens].numpy()
-        mask = next((value.numpy() != 0 for name, value in inputs.items() if name != layout.tokens), None)
+        encoded = None
+        apart: set[str] = set()
+        if self.session.manifest.encoder is not None:
+            apart = {spec.name for spec in self.session.encoder.inputs}
+            encoded = self.session.encoder.run({name: inputs[name].numpy() for name in apart})
+        mask = next((v.numpy() != 0 for name, v in inputs.items() if name != layout.tokens and name not in apart), None)
         first = np.zeros(len(ids), np.int64) if mask is None else mask.argmax(1)
         batch, length = ids.shape
         logits = np.zeros((batch, length, self.decoder.vocabulary), np.float32)
-        decoding, one = self.decoder.start(batch, length), np.ones(batch, np.int64)
+        decoding, one = self.decoder.start(batch, length, encoded), np.ones(batch, np.int64)
         for step in range(length - int(first.min())):
             rows = np.flatnonzero(first + step < length)
             # Rows that are through stay at their last token.

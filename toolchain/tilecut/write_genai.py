@@ -37,8 +37,8 @@ def write_genai(artifact: Path, manifest: Manifest, output: str | Path) -> Path:
         output: a folder that is empty, or not there.
 
     Raises:
-        ArtifactError: the artifact has no cache, or one that genai's format has no words for; a file of it was altered; the
-            output folder holds something.
+        ArtifactError: the artifact has no cache, an encoder, or a cache that genai's format has no words for; a file of it
+            was altered; the output folder holds something.
     """
     layout = manifest.generation
     if layout is None:
@@ -46,6 +46,13 @@ def write_genai(artifact: Path, manifest: Manifest, output: str | Path) -> Path:
             str(artifact),
             "was compiled without a cache, which onnxruntime-genai needs",
             fix="compile it with generate=True",
+        )
+    if manifest.encoder is not None:
+        raise ArtifactError(
+            str(artifact),
+            "onnxruntime-genai's folder is written for models that are one decoder",
+            got="a decoder with an encoder",
+            wanted="a causal language model",
         )
     _check_caches(artifact, manifest, layout)
     entry = manifest.file_of(artifact, "model")

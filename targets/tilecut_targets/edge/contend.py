@@ -56,6 +56,8 @@ def _artifact(path: Path, manifest: Manifest | None, threads: int) -> Callable[[
     if manifest is None or manifest.generation is None:
         return run
     layout = manifest.generation
+    if manifest.encoder is not None:
+        return _encoder_decoder(path, manifest, layout.tokens, run, threads)
     made: dict[int, Arrays] = {}
 
     def prefill(arrays: Arrays) -> object:
@@ -66,6 +68,21 @@ def _artifact(path: Path, manifest: Manifest | None, threads: int) -> Callable[[
         return run(made[id(tokens)])
 
     return prefill
+
+
+def _encoder_decoder(
+    path: Path, manifest: Manifest, tokens: str, run: Callable[[Arrays], object], threads: int
+) -> Callable[[Arrays], object]:
+    """The encoder once, and the decoder's tokens read into empty caches."""
+    apart = manifest.of_encoder
+    session = open_peers.open_session(path.parent / manifest.entry["encoder"], threads)
+    names = [spec.name for spec in apart.outputs]
+
+    def both(arrays: Arrays) -> object:
+        encoded = dict(zip(names, session.run(names, {spec.name: arrays[spec.name] for spec in apart.inputs})))
+        return run(prefill_inputs(manifest, arrays[tokens], encoded=encoded))
+
+    return both
 
 
 def plain_session(path: Path, threads: int) -> Callable[[Arrays], object]:

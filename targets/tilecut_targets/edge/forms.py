@@ -21,6 +21,7 @@ from tilecut_targets.edge.expand_rotary import expand_rotary
 from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_cached_attention import LowerCachedAttention
+from tilecut_targets.edge.lower_cross_attention import LowerCrossAttention
 from tilecut_targets.edge.lower_residual import LowerResidual
 from tilecut_targets.edge.lower_rms_norm import LowerRmsNorm
 from tilecut_targets.edge.lower_rotary import LowerRotary
@@ -97,8 +98,9 @@ class Forms:
     @property
     def passes(self) -> tuple[Pass, ...]:
         """From a fused graph to these forms."""
-        # Attention with a cache has one form; it takes rotary embeddings into the op.
-        return (UnpackAttention(), LowerCachedAttention(), *(one for form in self._chosen for one in form.passes))
+        # Attention with a cache has one form, which takes rotary embeddings into the op, and so has that on an encoder's keys.
+        cached = (LowerCachedAttention(), LowerCrossAttention())
+        return (UnpackAttention(), *cached, *(one for form in self._chosen for one in form.passes))
 
     @property
     def opset(self) -> int:

@@ -6,8 +6,10 @@ After: GroupQueryAttention on heads folded into the last dimension, with what fi
                         multiple of 16 wide: the op has the tables, and turns what it reads
     packed              where q, k and v then are linear layers of one input, which become one layer here, or the parts of one
                         tensor in that order: the op reads them as one
-Elsewhere rotary embeddings and norms of heads stay ops of their own before it, by each row's positions.
-Left alone, with one error: heads whose widths the op does not take (`pad_heads.py` gives them others first).
+Elsewhere rotary embeddings and norms of heads stay ops of their own before it, by each row's positions. A bias by distance
+becomes [B, H, S, places], made once for all attentions that share its table.
+Left alone, with one error: heads whose widths the op does not take (`pad_heads.py` gives them others first), and a bias
+beside a soft-cap.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class _Shared:
     seqlens: fx.Node
     total: fx.Node
     halves: dict[tuple[str, bool], fx.Node] = field(default_factory=dict)
+    biases: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def half(self, table: str, interleaved: bool) -> fx.Node:
         """A table [positions, D] as [positions, D / 2], a number a pair."""
@@ -71,6 +74,24 @@ class _Shared:
             assert half is not None
             self.halves[table, interleaved] = self.graph.add_tensor(f"{table}_half", half)
         return self.halves[table, interleaved]
+
+
+    def bias(self, attention: fx.Node) -> fx.Node | None:
+        """A table of biases by distance [H, R] as what the op adds, [B, H, S, places]; None where there is none."""
+        a = arguments(attention)
+        if (table := a["distance_bias"]) is None:
+            return None
+        if table not in self.biases:
+            held = self.graph.tensor(str(table.target)).detach()
+            by_distance = self.graph.add_tensor(f"{table.target}_rows", held.T.contiguous())
+            with calls_before(self.graph, attention) as call:
+                places = call(aten._to_copy.default, call(ort_ops.count_up, self.total, a["past_key"]), dtype=torch.int64)
+                step = call(aten.arange.default, call(aten.sym_size.int, a["q"], 2))
+                query = call(aten.add.Tensor, call(aten.unsqueeze.default, a["past_lengths"], 1), step)
+                behind = call(aten.sub.Tensor, call(aten.unsqueeze.default, query, 2), places)
+                near = call(aten.clamp.default, behind, 0, held.shape[1] - 1)
+                self.biases[table] = call(aten.permute.default, call(aten.embedding.default, by_distance, near), [0, 3, 1, 2])
+        return self.biases[table]
 
 
 def _counts(graph: Graph, first: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -94,7 +115,10 @@ def _lower(shared: _Shared, node: fx.Node, packed: bool) -> None:
             wanted=f"one multiple of {MULTIPLE}",
             fix="run PadHeads before AddCache",
         )
+    if a["distance_bias"] is not None and a["softcap"]:
+        raise LoweringError("LowerCachedAttention", f"{node.name} has a bias beside a soft-cap")
     q, k, v = a["q"], a["k"], a["v"]
+    bias = shared.bias(node)
     tables = tables_of(graph, q, k)
     cos = sin = None
     if tables is not None:
@@ -114,6 +138,7 @@ def _lower(shared: _Shared, node: fx.Node, packed: bool) -> None:
             shared.total,
             cos,
             sin,
+            bias,
             int(value_of(q).shape[1]),
             int(value_of(k).shape[1]),
             a["scale"],

@@ -8,6 +8,8 @@ integers), and OpenVINO's frontend makes of it
     int8-static     FakeQuantize with ranges from calibration
     int4, int4:128  weights of 4 bits with a scale and a zero point a block; activations as for int8
     fp16            weights stored in 16 bits, the form that OpenVINO's own tools write
+A model that generates holds its cache itself: the inputs past_key_values.* and the outputs present.* become variables of the
+model, empty until the first step (`hold_caches`).
 How activations are rounded stands in the file's runtime options, so that any OpenVINO opens it alike.
 """
 
@@ -19,10 +21,16 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
+from tilecut_passes.add_cache import AddCache
 from tilecut_passes.calibration import Batch
 from tilecut_passes.graph import Graph
+from tilecut_passes.grow_cache import GrowCache
+from tilecut_passes.run_passes import Pass
+from tilecut_runtime.cache_layout import BEAMS, is_past, present_of
 from tilecut_runtime.errors import ArtifactError, LoweringError, first_line
 from tilecut_runtime.manifest import Rung
 from tilecut_runtime.openvino_runner import open_openvino
@@ -32,6 +40,9 @@ from tilecut_targets.edge import ort_ops
 from tilecut_targets.edge.quantize_onnx import CALIBRATED, QUANTIZATIONS, quantize_onnx
 from tilecut_targets.edge.runtime_target import RuntimeTarget
 from tilecut_targets.write_onnx import write_onnx
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 IR, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
 # What is no computation.
@@ -66,6 +77,10 @@ class OpenVinoTarget(RuntimeTarget):
         import openvino
 
         return f"openvino {openvino.__version__.partition('-')[0]}"
+
+    def caching(self, max_length: int | None = None) -> tuple[Pass, ...]:
+        """A cache that grows, which becomes the model's own state."""
+        return (AddCache(max_length), GrowCache())
 
     def emit(self, lowered: Graph, folder: Path) -> tuple[dict[str, str], dict[str, int]]:
         """The IR, in float32.
@@ -131,6 +146,7 @@ def convert(source: Path, path: Path, compress: bool = False, group: int | None 
         model = ov.convert_model(source)
     except Exception as e:
         raise LoweringError("edge:openvino", f"openvino cannot convert the model: {first_line(e)}") from e
+    hold_caches(model)
     if group is not None:
         model.set_rt_info(str(group), GROUP)
     try:
@@ -139,6 +155,34 @@ def convert(source: Path, path: Path, compress: bool = False, group: int | None 
         raise LoweringError("edge:openvino", f"openvino cannot write {path}: {first_line(e)}") from e
     counts = collections.Counter(op.get_type_name() for op in model.get_ops())
     return {op: n for op, n in counts.items() if op not in ENDS}
+
+
+def hold_caches(model: ov.Model) -> int:
+    """Make variables of a model's caches, in place; returns how many. A model without a cache is left as it is.
+
+    A variable begins with no column, for as many rows as there are tokens' rows.
+    """
+    from openvino import opset13 as ops
+    from openvino import passes
+
+    known = {name for port in model.inputs for name in port.get_names()}
+    pasts = [name for name in known if is_past(name)]
+    if not pasts:
+        return 0
+    manager = passes.Manager()
+    manager.register_pass(passes.MakeStateful({name: present_of(name) for name in pasts}))
+    manager.run_passes(model)
+    rows = model.input(BEAMS)
+    for op in model.get_ops():
+        if op.get_type_name() == "ReadValue":
+            _, heads, _, width = op.get_output_partial_shape(0)
+            batch = ops.shape_of(rows, output_type="i64")
+            rest = ops.constant(np.array([heads.get_length(), 0, width.get_length()], np.int64))
+            shape = ops.concat([batch, rest], 0)
+            nothing = ops.constant(0.0, dtype=op.get_output_element_type(0))
+            op.set_arguments([ops.broadcast(nothing, shape).output(0)])
+    model.validate_nodes_and_infer_types()
+    return len(pasts)
 
 
 def _move(source: Path, folder: Path) -> Path:

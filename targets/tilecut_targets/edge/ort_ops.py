@@ -46,6 +46,7 @@ def multi_head_attention(
     """com.microsoft::MultiHeadAttention on projected operands.
 
     q [B, Sq, H*D], k [B, Sk, H*D], v [B, Sk, H*E], key_padding int32 [B, Sk], bias [B|1, H|1, Sq, Sk] -> [B, Sq, H*E].
+    Keys and values of one width may have their heads set apart, [B, H, Sk, D]: they are read as they are.
     """
     inputs: tuple[Tensor | None, ...] = (q, k, v, None, key_padding, bias)
     while inputs[-1] is None:
@@ -56,7 +57,7 @@ def multi_head_attention(
         inputs,
         attrs=attrs,
         dtype=q.dtype,
-        shape=(*q.shape[:2], v.shape[-1]),
+        shape=(*q.shape[:2], v.shape[-1] * (num_heads if v.ndim == 4 else 1)),
         version=1,
     )
 
@@ -86,6 +87,12 @@ def rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: 
     )
 
 
+def count_up(total: Tensor, like: Tensor) -> Tensor:
+    """0, 1, .. total - 1 of a number int32 [] that the run decides; its size is at most that of `like` [B, H, C, D]'s caches."""
+    start, step = (torch.full((), n, dtype=total.dtype) for n in (0, 1))
+    return torch.onnx.ops.symbolic("Range", (start, total, step), dtype=total.dtype, shape=(like.shape[2],), version=11)
+
+
 def group_query_attention(
     q: Tensor,
     k: Tensor | None,
@@ -96,6 +103,7 @@ def group_query_attention(
     total: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
+    bias: Tensor | None,
     num_heads: int,
     kv_heads: int,
     scale: float,
@@ -107,7 +115,8 @@ def group_query_attention(
 
     q [B, S, Hq*D], k and v [B, S, Hk*D]; or q [B, S, (Hq+2*Hk)*D] alone, packed. past_key, past_value [B, Hk, C, D].
     seqlens_k int32 [B], tokens in the cache after the step minus one; total int32 [], the largest number of them. cos, sin
-    [positions, D/2]: rotary embedding in the op. window: how far a query looks back, -1 without bound.
+    [positions, D/2]: rotary embedding in the op. bias [B, Hq, S, total] is added to scores. window: how far a query looks
+    back, -1 without bound.
     -> [B, S, Hq*D], present_key, present_value. With several tokens behind a past, onnxruntime takes one row only.
     """
     width = past_key.shape[3]
@@ -122,6 +131,8 @@ def group_query_attention(
     if cos is not None:
         attrs |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
         inputs = (*inputs, cos, sin)
+    if bias is not None:
+        inputs = (*inputs, *([None] * (10 - len(inputs))), bias)
     return list(
         torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",

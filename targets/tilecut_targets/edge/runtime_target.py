@@ -20,7 +20,8 @@ from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_passes.search import Lattice
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
-from tilecut_runtime.reference import Arrays, Case
+from tilecut_runtime.prefill_inputs import prefill_inputs
+from tilecut_runtime.reference import Arrays, Case, decoding_rung
 from tilecut_runtime.session import RUNTIMES, Session
 from tilecut_runtime.timing import PRUNED
 from tilecut_targets.cost_model import CostModel
@@ -99,7 +100,10 @@ class RuntimeTarget(Target):
         session: Session = RUNTIMES[self.runtime](folder, manifest, None, None)
         sizes = ", ".join(case.size for case in cases)
         detail = f"{session.how} against torch on ragged inputs of {sizes}"
-        return [checked, *self.agreement(manifest, cases, session.run, detail)]
+        rungs = [checked, *self.agreement(manifest, cases, session.run, detail)]
+        if manifest.generation is not None:
+            rungs.append(decoding_rung(session, cases, manifest.tolerance))
+        return rungs
 
     def contenders(
         self, dense: Graph, folder: Path, manifest: Manifest, threads: int, scratch: Path
@@ -111,7 +115,11 @@ class RuntimeTarget(Target):
         run_passes(fused, [*self.fusing, *self.lowering])
         # Attention stays as the model spells it.
         run_passes(exported, [UnpackAttention()])
-        runners = {PRUNED: self.open_model(folder / manifest.entry["model"], threads)}
+        pruned = self.open_model(folder / manifest.entry["model"], threads)
+        runners = {PRUNED: pruned}
+        if (layout := manifest.generation) is not None:
+            # It reads the texts into empty caches.
+            runners[PRUNED] = lambda arrays: pruned(prefill_inputs(manifest, arrays[layout.tokens]))
         for name, graph in ((DENSE, fused), (EXPORTED, exported)):
             place = scratch / str(len(runners))
             place.mkdir()

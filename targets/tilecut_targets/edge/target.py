@@ -21,7 +21,7 @@ from tilecut_passes.run_passes import Pass
 from tilecut_passes.search import Lattice
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
-from tilecut_runtime.reference import Arrays, Case
+from tilecut_runtime.reference import Arrays, Case, of_encoder
 from tilecut_runtime.session import onnx_runner
 from tilecut_targets.check_onnx import check_onnx
 from tilecut_targets.cost_model import CostModel
@@ -35,7 +35,7 @@ from tilecut_targets.edge.pad_heads import PadHeads
 from tilecut_targets.edge.quantize_onnx import CALIBRATED, QUANTIZATIONS, quantize_onnx
 from tilecut_targets.target import Contenders, Target, Written, count_attentions
 
-MODEL = "model.onnx"
+MODEL, ENCODER = "model.onnx", "encoder.onnx"
 FUSED_ATTENTION = ("Attention", "MultiHeadAttention", "QAttention", "GroupQueryAttention")
 # Part of a transformer -> why it has the form that is emitted.
 WHY = {
@@ -56,6 +56,7 @@ class EdgeTarget(Target):
     runtime = "onnxruntime"
     block = 16
     tolerance = 1e-4
+    splits = True
     quantizations: ClassVar[Mapping[str, float]] = QUANTIZATIONS
     calibrated: ClassVar[tuple[str, ...]] = CALIBRATED
 
@@ -70,9 +71,14 @@ class EdgeTarget(Target):
         """RMS norms and rotary embeddings, which have forms of their own."""
         return (FuseRmsNorm(), FuseRotary())
 
+    @property
+    def before_caching(self) -> tuple[Pass, ...]:
+        """Heads whose caches onnxruntime's ops take."""
+        return (PadHeads(),)
+
     def caching(self, max_length: int | None = None) -> tuple[Pass, ...]:
-        """A cache whose heads GroupQueryAttention takes."""
-        return (PadHeads(), AddCache(max_length))
+        """A cache for GroupQueryAttention, heads of its widths."""
+        return (*self.before_caching, AddCache(max_length))
 
     @property
     def forms(self) -> Forms:
@@ -103,18 +109,35 @@ class EdgeTarget(Target):
         forms = {} if self.chosen is None else {"forms": {one.kind: one.as_json() for one in self.chosen.choices}}
         return Written({"model": MODEL}, {"attention": count_attentions(fused), **_facts(folder / MODEL), **forms})
 
+    def write_encoder(self, lowered: Graph, folder: Path) -> Written:
+        """encoder.onnx beside model.onnx."""
+        write_forms(lowered, folder / ENCODER, self.forms)
+        return Written({"encoder": ENCODER}, {"encoder": _facts(folder / ENCODER)})
+
     def quantize_files(self, folder: Path, batches: Sequence[Batch]) -> dict[str, object]:
-        """model.onnx quantized in place."""
+        """model.onnx quantized in place, and encoder.onnx where there is one."""
         assert self.quantize is not None
         record = quantize_onnx(folder / MODEL, self.quantize, batches)
-        return {**_facts(folder / MODEL), "quantization": record}
+        facts: dict[str, object] = {**_facts(folder / MODEL), "quantization": record}
+        if (folder / ENCODER).is_file():
+            record["encoder"] = quantize_onnx(folder / ENCODER, self.quantize)
+            facts["encoder"] = _facts(folder / ENCODER)
+        return facts
 
     def verify(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
         """The ONNX checker, then onnxruntime against the pruned torch model."""
-        checked = check_onnx(folder, MODEL)
+        return self._verify(folder, manifest, "model", cases)
+
+    def verify_encoder(self, folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Rung]:
+        """The same for encoder.onnx."""
+        return of_encoder(self._verify(folder, manifest.of_encoder, "encoder", cases))
+
+    def _verify(self, folder: Path, manifest: Manifest, entry: str, cases: Sequence[Case]) -> list[Rung]:
+        name = manifest.entry[entry]
+        checked = check_onnx(folder, name)
         # A model of gigabytes may be larger than the memory. What is quantized would be computed otherwise than `load` does.
-        beside = manifest.quantize is None and (folder / f"{MODEL}.data").is_file()
-        run = onnx_runner(folder, manifest, "model", None, lean=beside)
+        beside = manifest.quantize is None and (folder / f"{name}.data").is_file()
+        run = onnx_runner(folder, manifest, entry, None, lean=beside)
         names = [spec.name for spec in manifest.outputs]
         sizes = ", ".join(case.size for case in cases)
         how = "onnxruntime, weights mapped from their file," if beside else "onnxruntime"

@@ -1,0 +1,139 @@
+"""Split an encoder-decoder's graph into what runs once for an input, and what runs for every token.
+
+Before: one graph of the encoder's inputs and the decoder's tokens [B, S], attentions fused: causal ones of the tokens on
+themselves, and others of the tokens on keys [B, Hk, T, D] and values that come from the encoder (cross-attention).
+After, two graphs:
+    encoder    the encoder's inputs -> cross.<i>.key, cross.<i>.value of the i-th cross-attention, and what else the decoder
+               reads of the encoder: cross.mask, the keys that may be seen (cross.mask.<j> of several), cross.<j> for the rest
+    decoder    tokens, a mask of them where the model has one, and all cross.* -> what depends on the tokens
+What the decoder computes from its own positions stays with it. Outputs that no token reaches, such as the encoder's last
+hidden states, are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from tilecut_passes.graph import Graph, arguments, calls_before, is_call, size_of, sizes_of, symbols_of, value_of
+from tilecut_passes.tabulate_positions import reached_by, reads_values
+from tilecut_runtime.cache_layout import CROSS
+
+aten = torch.ops.aten
+ATTENTION = torch.ops.tilecut.attention.default
+
+
+def split_encoder(graph: Graph) -> tuple[Graph, Graph] | None:
+    """The encoder and the decoder of a graph, which is left as it is; None where it is no encoder-decoder."""
+    found = [node for node in graph.placeholders if _is_read_across(node)]
+    if len(found) != 1:
+        return None
+    tokens = found[0]
+    sizes = sizes_of(value_of(tokens))
+    own = {n for n in graph.placeholders if n is tokens or sizes_of(value_of(n)) == sizes}
+    others = [n for n in graph.placeholders if n not in own]
+    reached, encoded = reached_by([tokens]), reached_by(others)
+    crossing = [
+        node
+        for node in graph.nodes
+        if node in encoded and node not in reached and any(u in reached and reads_values(u, node) for u in node.users)
+    ]
+    names = _names(graph, crossing, reached)
+    return _encoder(graph, own, crossing, names), _decoder(graph, tokens, others, names)
+
+
+def _is_read_across(tokens: fx.Node) -> bool:
+    """Whether an input is the tokens [B, S] of a decoder that looks at something else too."""
+    value = value_of(tokens)
+    if value.ndim != 2 or value.is_floating_point():
+        return False
+    reached = reached_by([tokens])
+    attentions = [n for n in tokens.graph.nodes if is_call(n, ATTENTION) and n in reached]
+    read = [{name: arguments(n)[name] in reached for name in "qkv"} for n in attentions]
+    causal = any(all(r.values()) and arguments(n)["causal"] != "none" for n, r in zip(attentions, read))
+    return causal and any(r == {"q": True, "k": False, "v": False} for r in read)
+
+
+def _names(graph: Graph, crossing: Sequence[fx.Node], reached: set[fx.Node]) -> dict[fx.Node, str]:
+    """What each tensor that crosses is called."""
+    names: dict[fx.Node, str] = {}
+    across = [n for n in graph.nodes if is_call(n, ATTENTION) and n in reached and arguments(n)["k"] not in reached]
+    for i, node in enumerate(across):
+        for part, operand in (("key", "k"), ("value", "v")):
+            names.setdefault(arguments(node)[operand], f"{CROSS}{i}.{part}")
+    masks = list(dict.fromkeys(m for n in across if (m := arguments(n)["key_padding"]) in crossing))
+    for j, mask in enumerate(masks):
+        names.setdefault(mask, f"{CROSS}mask" if len(masks) == 1 else f"{CROSS}mask.{j}")
+    rest = [n for n in crossing if n not in names]
+    return {n: names.get(n) or f"{CROSS}{len(across) + rest.index(n)}" for n in crossing}
+
+
+def _encoder(graph: Graph, own: set[fx.Node], crossing: Sequence[fx.Node], names: dict[fx.Node, str]) -> Graph:
+    made = graph.copy()
+    at = dict(zip(graph.nodes, made.nodes, strict=True))
+    made.fx.output_node().args = (tuple(at[n] for n in crossing),)
+    made.outputs, made.returns = tuple(names[n] for n in crossing), "mapping"
+    made.clean()
+    _read_sizes(made, {at[n] for n in own})
+    _drop_inputs(made, {at[n] for n in own})
+    return made
+
+
+def _decoder(graph: Graph, tokens: fx.Node, others: Sequence[fx.Node], names: dict[fx.Node, str]) -> Graph:
+    made = graph.copy()
+    at = dict(zip(graph.nodes, made.nodes, strict=True))
+    reached = reached_by([at[tokens]])
+    kept = [(name, node) for name, node in zip(made.outputs, made.results, strict=True) if node in reached]
+    made.outputs = tuple(name for name, _ in kept)
+    made.fx.output_node().args = (tuple(node for _, node in kept),)
+    apart = {at[n] for n in others}
+    for old, name in names.items():
+        node = at[old]
+        with made.fx.inserting_after(made.placeholders[-1]):
+            given = made.fx.placeholder(name.replace(".", "_"))
+        given.meta["val"] = value_of(node)
+        made.inputs = (*made.inputs, name)
+        node.replace_all_uses_with(given)
+    made.clean()
+    _read_sizes(made, apart)
+    _drop_inputs(made, apart)
+    return made
+
+
+def _read_sizes(graph: Graph, apart: set[fx.Node]) -> None:
+    """Sizes that were read off the inputs in `apart`, or off what is computed from them, are read off other inputs."""
+    given = [n for n in graph.placeholders if n not in apart]
+    tied = _depends(graph, apart)
+    for node in list(graph.nodes):
+        if not is_call(node, aten.sym_size.int) or node.args[0] not in tied:
+            continue
+        size = size_of(value_of(node))
+        other = next(((n, d) for n in given for d, s in enumerate(sizes_of(value_of(n))) if s == size), None)
+        if other is not None:
+            with calls_before(graph, graph.first_call()) as call:
+                node.replace_all_uses_with(call(aten.sym_size.int, *other))
+    graph.clean()
+
+
+def _depends(graph: Graph, apart: set[fx.Node]) -> set[fx.Node]:
+    found = set(apart)
+    for node in graph.nodes:
+        if any(one in found for one in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _drop_inputs(graph: Graph, apart: set[fx.Node]) -> None:
+    """Remove inputs, and sizes that no input has any more."""
+    names = dict(zip(graph.placeholders, graph.inputs, strict=True))
+    for node in apart:
+        # What still reads one would be a mistake here: fx refuses.
+        graph.fx.erase_node(node)
+    graph.inputs = tuple(names[n] for n in graph.placeholders)
+    values = [value_of(n) for n in graph.placeholders]
+    used = {symbol for v in values if isinstance(v, Tensor) for size in sizes_of(v) for symbol in symbols_of(size)}
+    graph.dims = {symbol: name for symbol, name in graph.dims.items() if symbol in used}
+    graph.ranges = {name: limits for name, limits in graph.ranges.items() if name in graph.dims.values()}
+    graph.clean()
