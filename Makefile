@@ -8,7 +8,7 @@ PY := $(ENV)/bin/python
 export HF_HUB_OFFLINE := 1
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-all test-wheel toolchain ecosystem lint types bench bench-edge bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen bench-run-many models clean
+.PHONY: demo test test-all test-wheel toolchain ecosystem lint types bench bench-edge bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen bench-run-many bench-generation models clean
 
 demo: $(ENV)/.demo  ## prune the real model for the edge target and show what came of it
 	$(PY) benchmarks/demo.py
@@ -79,6 +79,10 @@ bench-varlen: $(ENV)/.bench  ## training and running on texts of different lengt
 
 bench-run-many: $(ENV)/.bench  ## Session.run_many beside one padded batch; on the CPU
 	$(PY) benchmarks/bench_run_many.py
+
+bench-generation: $(ENV)/.bench  ## decoding beside onnxruntime-genai, and perplexity through a cache; on the CPU
+	$(PY) benchmarks/bench_generation.py --genai build/genai
+	$(PY) benchmarks/bench_generated_text.py
 
 models: $(ENV)/.dev  ## README's table of models
 	PYTHONPATH=tests $(PY) tests/write_models_table.py

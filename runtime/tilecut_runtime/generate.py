@@ -185,10 +185,21 @@ def rows_of(input_ids: Any, attention_mask: Any, name: str = "input_ids") -> lis
     )
     if ragged and attention_mask is None:
         return [_ids(row, 1, name) for row in input_ids]
+    if ragged and len({np.size(row) for row in input_ids}) > 1:
+        raise InputError(
+            WHERE,
+            f"rows of unequal lengths in {name} hold no padding that attention_mask could tell",
+            got=f"{min(map(np.size, input_ids))} to {max(map(np.size, input_ids))} ids",
+            fix="leave attention_mask out, or pad the rows",
+        )
     ids = _ids(input_ids, 2, name)
     if attention_mask is None:
         return list(ids)
-    mask = np.atleast_2d(np.asarray(attention_mask))
+    try:
+        mask = np.atleast_2d(np.asarray(attention_mask))
+    # numpy's own words for rows of unequal lengths.
+    except ValueError as e:
+        raise InputError(WHERE, f"attention_mask is no array ({e})", wanted=f"integers {list(ids.shape)}") from e
     if mask.shape != ids.shape or mask.dtype.kind not in "biu":
         raise InputError(
             WHERE,
@@ -196,6 +207,8 @@ def rows_of(input_ids: Any, attention_mask: Any, name: str = "input_ids") -> lis
             got=f"{mask.dtype} {list(mask.shape)}",
             wanted=f"integers {list(ids.shape)}",
         )
+    if odd := sorted(set(np.unique(mask).tolist()) - {0, 1}):
+        raise InputError(WHERE, "attention_mask says something else than real or not", got=odd[0], wanted="0 and 1")
     found = []
     for row, (tokens, real) in enumerate(zip(ids, mask != 0)):
         places = np.flatnonzero(real)

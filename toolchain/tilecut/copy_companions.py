@@ -23,6 +23,7 @@ COMPANIONS = (
     "sentencepiece.bpe.model",
     "preprocessor_config.json",
     "generation_config.json",
+    "chat_template.jinja",
     # sentence-transformers
     "modules.json",
     "sentence_bert_config.json",
