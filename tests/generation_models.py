@@ -191,6 +191,15 @@ class Written(nn.Module):
             x = x + torch.roll(x, 1, 1)
         elif self.between == "running sum":
             x = x + x.cumsum(1)
+        elif self.between == "best tokens":
+            best = x.sum(-1).topk(1, 1).indices
+            x = x + x.gather(1, best[..., None].expand(-1, -1, 32))
+        elif self.between == "best rows":
+            # Each row takes what comes behind it when rows are sorted by what they hold.
+            rows = x.flatten(0, 1)
+            score = torch.cat((rows[:, :1], rows[:, 1:2]), 1)
+            order = score.topk(1, -1).values.flatten().argsort()
+            x = x + rows[order].unflatten(0, x.shape[:2])
         elif self.between == "pairs":
             x = x + (x @ x.transpose(1, 2)) @ x * 0.01
         if not self.cut:

@@ -46,6 +46,7 @@ from tilecut_passes.graph import (
     value_of,
 )
 from tilecut_passes.keep_last_token import keep_last_token
+from tilecut_passes.routed_regions import routed_regions
 from tilecut_passes.tabulate_positions import ROTARY, TabulatePositions, reached_by
 
 # Importing it registers tilecut::cached_attention.
@@ -90,7 +91,8 @@ class AddCache:
         reached = reached_by([tokens])
         attentions, across = _sort_attentions(graph, reached)
         output = _output_of_logits(graph)
-        _check(graph, tokens, length, reached, attentions, across)
+        routed = routed_regions(graph, reached, batch, length)
+        _check(graph, length, reached - routed, attentions, across)
         name = graph.dims[length]
         longest = self._longest(graph, name)
         graph.ranges[name] = DimRange(1, longest)
@@ -104,8 +106,9 @@ class AddCache:
         _check_paddings(tables, attentions)
         biases = _Biases(tables)
         told = [biases(node) for node in attentions]
-        # What attention reads of positions is the padding and the biases that were just looked at.
-        tables(reached, apart=attentions)
+        # What attention reads of positions is the padding and the biases that were just looked at; where tokens are routed,
+        # numbers of rows are counted.
+        tables(reached, apart=routed.union(attentions))
         presents: list[tuple[str, fx.Node]] = []
         for i, node in enumerate(attentions):
             presents += _cache(graph, node, i, capacity, past_lengths, lengths, told[i])
@@ -199,7 +202,6 @@ def _output_of_logits(graph: Graph) -> int:
 
 def _check(
     graph: Graph,
-    tokens: fx.Node,
     length: sympy.Symbol,
     reached: set[fx.Node],
     attentions: Sequence[fx.Node],
