@@ -164,3 +164,18 @@ def test_a_branch_on_data_names_the_line(capsys):
 def test_what_cannot_be_captured_is_one_clear_error(model, inputs, message):
     with pytest.raises(CaptureError, match=message):
         capture(model, inputs)
+
+
+def test_one_tensor_for_two_inputs_stays_two_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+        def forward(self, x, y):
+            return self.first(x) + self.second(y)
+
+    model, ids = Two().eval(), torch.ones(2, 5, dtype=torch.int64)
+    graph = capture(model, {"x": ids, "y": ids})
+    given = {"x": torch.full((2, 5), 3), "y": torch.full((2, 5), 7)}
+    torch.testing.assert_close(graph.run(given)["output"], model(**given).detach())

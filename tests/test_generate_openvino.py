@@ -14,7 +14,7 @@ from tilecut_passes.capture import capture
 from tilecut_passes.fuse_attention import FuseAttention
 from tilecut_passes.grow_cache import GrowCache
 from tilecut_passes.run_passes import run_passes
-from tilecut_runtime.errors import InputError, LoweringError
+from tilecut_runtime.errors import ArtifactError, InputError, LoweringError
 from tilecut_runtime.reference import verify_on_device
 
 pytest.importorskip("openvino")
@@ -114,6 +114,8 @@ def test_refusals(llama, tmp_path):
     with pytest.raises(LoweringError, match="the edge:openvino target writes decoders alone; got an encoder-decoder"):
         compile_pruned(pair("mbart"), "edge:openvino", config=None, output=tmp_path / "out", generate=True, measure=False)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ArtifactError, match="onnxruntime-genai reads ONNX files; got an artifact for edge:openvino"):
+        llama[0].write_genai(tmp_path / "genai")
     session = load(llama[0].path)
     with pytest.raises(InputError, match="row 0 is longer than the model's positions; got 129"):
         session.generate([3] * 129)

@@ -80,6 +80,9 @@ def test_what_an_encoder_may_be_given(made):
     for row, tokens in enumerate(READ):
         left[row, 12 - len(tokens) :], kept[row, 12 - len(tokens) :] = tokens, 1
     assert session.generate(left, kept, max_new_tokens=12).tokens == want
+    # Lists by name, as a tokenizer gives them, and ends as an array.
+    listed = {"input_ids": [READ[1]], "attention_mask": [[1] * 5]}
+    assert session.generate(listed, max_new_tokens=12, eos=np.array(2)).tokens == want[1:2]
     # A mask that is not given says that all is real.
     assert session.generate({"input_ids": np.array([READ[0]])}, max_new_tokens=12).tokens == want[:1]
 
@@ -136,6 +139,10 @@ def test_the_encoders_files_are_checked(made, tmp_path):
 
 
 BAD = {
+    "a negative id": (lambda: ([[4, -1]], {}), "input_ids holds an unknown token id; got -1; wanted 0 and above"),
+    "ragged lists by name": (lambda: ({"input_ids": [[4, 5], [6]]}, {}), "input_ids is no array .* rows of one length; pad them"),
+    "bytes": (lambda: ([[4]], {"stop": b"xx"}), "stop does not fit; got b'xx'"),
+    "a dtype that numpy lacks": (lambda: (torch.ones(1, 3, dtype=torch.bfloat16), {}), "input_ids are no array"),
     "an empty text": (lambda: ([[4, 5], []], {}), "input_ids holds an empty text"),
     "other rows": (
         lambda: (READ, {"decoder_input_ids": [[3], [3]]}),

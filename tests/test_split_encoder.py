@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import zoo
 from checks import random_plan, randomise
@@ -90,6 +91,74 @@ def test_heads_and_widths_are_those_that_pruning_left(seed):
     encoder, rest = halves(graph)
     run_passes(rest, [AddCache(64)])
     assert steps_error(graph, encoder, rest) < 2e-5
+
+
+def test_a_mask_of_the_decoders_tokens_stays_with_the_decoder():
+    ids, others = torch.ones(2, 9, dtype=torch.int64), torch.ones(2, 6, dtype=torch.int64)
+    example = {
+        "input_ids": ids,
+        "attention_mask": ids.clone(),
+        "decoder_input_ids": others,
+        "decoder_attention_mask": others.clone(),
+    }
+    graph = capture(pair("mbart"), example)
+    encoder, rest = halves(graph)
+    assert set(encoder.inputs) == {"input_ids", "attention_mask"} and "decoder_attention_mask" in rest.inputs
+    run_passes(rest, [AddCache(64)])
+    assert "decoder_attention_mask" not in rest.inputs
+    whole = capture(pair("mbart"))
+    assert steps_error(whole, encoder, rest) < 2e-5
+
+
+class TwoSequences(nn.Module):
+    """Tokens that look at themselves and at two other sequences, one of which a convolution makes shorter."""
+
+    def __init__(self, strided: bool = False):
+        super().__init__()
+        self.words, self.layers = nn.Embedding(VOCAB, 64), nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+        self.short, self.head = nn.Conv1d(64, 64, 3, stride=2, padding=1), nn.Linear(64, VOCAB)
+        self.strided = strided
+
+    def forward(self, a, target, b):
+        heads = lambda x: x.unflatten(-1, (4, 16)).transpose(1, 2)
+        y, first, second = (self.words(x) for x in (target, a, b))
+        if self.strided:
+            first = self.short(first.transpose(1, 2)).transpose(1, 2)
+        for i, memory in enumerate((None, first, second)):
+            x = y if memory is None else memory
+            q, k = heads(self.layers[2 * i](y)), heads(self.layers[2 * i + 1](x))
+            out = nn.functional.scaled_dot_product_attention(q, k, heads(x), is_causal=memory is None)
+            y = y + out.transpose(1, 2).flatten(2)
+        return self.head(y)
+
+
+def two(strided: bool = False, lengths: tuple[str, str, str] = ("a", "target", "b")) -> Graph:
+    ids = {name: torch.randint(0, VOCAB, (2, n)) for name, n in zip(("a", "target", "b"), (7, 5, 9))}
+    if len(set(lengths)) < 3:
+        ids["a"] = torch.randint(0, VOCAB, (2, 5))
+    shapes = {name: {0: "batch", 1: size} for name, size in zip(ids, lengths)}
+    graph = capture(randomise(TwoSequences(strided).eval()), ids, shapes)
+    run_passes(graph, [FuseAttention()])
+    return graph
+
+
+def test_two_other_sequences():
+    graph = two()
+    found = split_encoder(graph)
+    assert found is not None
+    encoder, rest = found
+    assert encoder.inputs == ("a", "b") and rest.inputs[0] == "target"
+    ids = {name: torch.randint(0, VOCAB, (2, n)) for name, n in (("a", 3), ("target", 8), ("b", 6))}
+    given = encoder.run({name: ids[name] for name in encoder.inputs})
+    got = rest.run({"target": ids["target"], **given})
+    torch.testing.assert_close(got["output"], graph.run(ids)["output"])
+
+
+def test_sizes_that_cannot_be_told_apart_are_refused():
+    with pytest.raises(LoweringError, match="a, which the encoder reads, has the length of target; .* dynamic_shapes"):
+        split_encoder(two(lengths=("target", "target", "b")))
+    with pytest.raises(LoweringError, match="has a length that the encoder computes; .* fixed length"):
+        split_encoder(two(strided=True))
 
 
 def test_what_has_one_sequence_is_not_split():

@@ -58,7 +58,8 @@ def capture(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Dynami
         else inputs_from_caller(model, example_inputs, dynamic_shapes)
     )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    example.tensors = {k: v.to(device) for k, v in example.tensors.items()}
+    # torch.export takes one tensor given twice for one input.
+    example.tensors = {k: v.to(device, copy=True) for k, v in example.tensors.items()}
     names = [*example.tensors, *example.constants]
     with _eval_mode(model), flat_forward(model, example.nested, names):
         program, notes = export_model(model, example.tensors, example.constants, example.dynamic, example.limits)

@@ -12,6 +12,8 @@ up to there.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, fx
 
@@ -19,8 +21,8 @@ from tilecut_passes.graph import arguments, value_of
 from tilecut_passes.tabulate_positions import ROUNDING, TabulatePositions
 from tilecut_runtime.errors import LoweringError
 
-# The longest text whose pairs are looked at; a bias of S x S x H numbers grows fast.
-PROBED = 1024
+# The longest text whose pairs are looked at, and how many pairs of all heads: they are S x S x H numbers.
+PROBED, MOST_PAIRS = 2048, 150_000_000
 WHERE = "AddCache"
 
 
@@ -34,7 +36,7 @@ def distance_table(tables: TabulatePositions, attention: fx.Node) -> Tensor | No
     heads, longest = int(value_of(a["q"]).shape[1]), tables.longest
     found: Tensor | None = None
     if a["bias"] is not None:
-        found = _of_bias(tables, a["bias"]).expand(heads, -1)
+        found = _of_bias(tables, a["bias"], heads).expand(heads, -1)
     if a["alibi_slopes"] is not None:
         slopes = tables.value(a["alibi_slopes"], min(2, longest))
         falling = -slopes[:, None].double() * torch.arange(longest)
@@ -45,9 +47,9 @@ def distance_table(tables: TabulatePositions, attention: fx.Node) -> Tensor | No
     return None if found is None else found.to(value_of(a["q"]).dtype).contiguous()
 
 
-def _of_bias(tables: TabulatePositions, bias: fx.Node) -> Tensor:
+def _of_bias(tables: TabulatePositions, bias: fx.Node, heads: int) -> Tensor:
     """A bias [B|1, H|1, S, S] as float64 [H|1, R], as short as its last distances are alike."""
-    probed = min(PROBED, tables.longest)
+    probed = min(PROBED, tables.longest, math.isqrt(MOST_PAIRS // heads))
     by_distance = _along_last_query(bias, tables.value(bias, probed))
     for length in {min(n, probed) for n in (2, 7, probed // 2)}:
         if length:
@@ -79,20 +81,22 @@ def _of_bias(tables: TabulatePositions, bias: fx.Node) -> Tensor:
 
 def _along_last_query(bias: fx.Node, found: Tensor) -> Tensor:
     """What the last query of bias [1, H, S, S] adds by distance, [H, S], after a check that all queries add the same."""
-    pairs = found.double().reshape(-1, *found.shape[-2:])
+    pairs = found.reshape(-1, *found.shape[-2:])
     size = max(pairs.shape[-2:])
-    pairs = pairs.expand(-1, size, size)
-    pairs = pairs - pairs.diagonal(dim1=1, dim2=2)[:, :, None]
-    table = pairs[:, -1].flip(-1)
     behind = torch.arange(size)[:, None] - torch.arange(size)
-    told = table[:, behind.clamp(min=0)]
-    if not _close(torch.where(behind >= 0, pairs, 0.0), torch.where(behind >= 0, told, 0.0)):
-        raise LoweringError(
-            WHERE,
-            f"{bias.name} is a bias for pairs of positions that their distance does not tell",
-            wanted="the same for all keys so far behind their query",
-        )
-    return table
+    tables = []
+    for head in pairs.expand(-1, size, size):
+        # One head at a time: all of them are gigabytes.
+        one = head.double() - head.diagonal().double()[:, None]
+        table = one[-1].flip(-1)
+        if not _close(torch.where(behind >= 0, one, 0.0), torch.where(behind >= 0, table[behind.clamp(min=0)], 0.0)):
+            raise LoweringError(
+                WHERE,
+                f"{bias.name} is a bias for pairs of positions that their distance does not tell",
+                wanted="the same for all keys so far behind their query",
+            )
+        tables.append(table)
+    return torch.stack(tables)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

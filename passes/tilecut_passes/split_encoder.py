@@ -7,7 +7,8 @@ After, two graphs:
                reads of the encoder: cross.mask, the keys that may be seen (cross.mask.<j> of several), cross.<j> for the rest
     decoder    tokens, a mask of them where the model has one, and all cross.* -> what depends on the tokens
 What the decoder computes from its own positions stays with it. Outputs that no token reaches, such as the encoder's last
-hidden states, are dropped.
+hidden states, are dropped. Refused, with one error: an encoder whose inputs have the decoder's length, or one that gives
+keys of a length that it computes (strided convolutions over a dynamic length).
 """
 
 from __future__ import annotations
@@ -20,26 +21,35 @@ from torch import Tensor, fx
 from tilecut_passes.graph import Graph, arguments, calls_before, is_call, size_of, sizes_of, symbols_of, value_of
 from tilecut_passes.tabulate_positions import reached_by, reads_values
 from tilecut_runtime.cache_layout import CROSS
+from tilecut_runtime.errors import LoweringError
 
 aten = torch.ops.aten
 ATTENTION = torch.ops.tilecut.attention.default
+WHERE = "SplitEncoder"
 
 
 def split_encoder(graph: Graph) -> tuple[Graph, Graph] | None:
-    """The encoder and the decoder of a graph, which is left as it is; None where it is no encoder-decoder."""
+    """The encoder and the decoder of a graph, which is left as it is; None where it is no encoder-decoder.
+
+    Raises:
+        LoweringError: sizes by which the two cannot be called apart.
+    """
     found = [node for node in graph.placeholders if _is_read_across(node)]
     if len(found) != 1:
         return None
     tokens = found[0]
-    sizes = sizes_of(value_of(tokens))
-    own = {n for n in graph.placeholders if n is tokens or sizes_of(value_of(n)) == sizes}
-    others = [n for n in graph.placeholders if n not in own]
-    reached, encoded = reached_by([tokens]), reached_by(others)
+    reached = reached_by([tokens])
+    read = [arguments(n)[part] for n in _across(graph, reached) for part in "kv"]
+    # What the decoder's keys and values are not made of is the decoder's own: a mask of its tokens.
+    others = [n for n in graph.placeholders if n is not tokens and reached_by([n]).intersection(read)]
+    own = {n for n in graph.placeholders if n not in others}
+    encoded = reached_by(others)
     crossing = [
         node
         for node in graph.nodes
         if node in encoded and node not in reached and any(u in reached and reads_values(u, node) for u in node.users)
     ]
+    _check_sizes(graph, tokens, others, crossing)
     names = _names(graph, crossing, reached)
     return _encoder(graph, own, crossing, names), _decoder(graph, tokens, others, names)
 
@@ -50,16 +60,47 @@ def _is_read_across(tokens: fx.Node) -> bool:
     if value.ndim != 2 or value.is_floating_point():
         return False
     reached = reached_by([tokens])
-    attentions = [n for n in tokens.graph.nodes if is_call(n, ATTENTION) and n in reached]
-    read = [{name: arguments(n)[name] in reached for name in "qkv"} for n in attentions]
-    causal = any(all(r.values()) and arguments(n)["causal"] != "none" for n, r in zip(attentions, read))
-    return causal and any(r == {"q": True, "k": False, "v": False} for r in read)
+    causal = [n for n in tokens.graph.nodes if is_call(n, ATTENTION) and arguments(n)["causal"] != "none"]
+    # What an encoder reads, and masks, reach the decoder's later layers, and not its first.
+    first = bool(causal) and all(arguments(n)[part] in reached for n in causal for part in "qkv")
+    return first and bool(_across(tokens.graph, reached))
+
+
+def _across(graph: Graph | fx.Graph, reached: set[fx.Node]) -> list[fx.Node]:
+    """The attentions of tokens that reach `reached` on something else."""
+    found = [n for n in graph.nodes if is_call(n, ATTENTION) and arguments(n)["q"] in reached]
+    return [n for n in found if not any(arguments(n)[part] in reached for part in "kv")]
+
+
+def _check_sizes(graph: Graph, tokens: fx.Node, others: Sequence[fx.Node], crossing: Sequence[fx.Node]) -> None:
+    """Refuse sizes by which the two graphs cannot be called apart."""
+    names = dict(zip(graph.placeholders, graph.inputs, strict=True))
+    length = sizes_of(value_of(tokens))[1]
+    for node in others:
+        if not isinstance(length, int) and length in sizes_of(value_of(node)):
+            raise LoweringError(
+                WHERE,
+                f"{names[node]}, which the encoder reads, has the length of {names[tokens]}",
+                got=graph.dims[length],
+                wanted="a length of its own",
+                fix="name the two lengths apart in dynamic_shapes, and give examples of two lengths",
+            )
+    for node in crossing:
+        for size in sizes_of(value_of(node)):
+            if not isinstance(size, int) and size not in graph.dims:
+                raise LoweringError(
+                    WHERE,
+                    f"{node.name}, which the decoder reads of the encoder, has a length that the encoder computes",
+                    got=size,
+                    wanted="the length of one of its inputs, or a fixed one",
+                    fix="give the encoder's inputs a fixed length",
+                )
 
 
 def _names(graph: Graph, crossing: Sequence[fx.Node], reached: set[fx.Node]) -> dict[fx.Node, str]:
     """What each tensor that crosses is called."""
     names: dict[fx.Node, str] = {}
-    across = [n for n in graph.nodes if is_call(n, ATTENTION) and n in reached and arguments(n)["k"] not in reached]
+    across = _across(graph, reached)
     for i, node in enumerate(across):
         for part, operand in (("key", "k"), ("value", "v")):
             names.setdefault(arguments(node)[operand], f"{CROSS}{i}.{part}")

@@ -72,4 +72,6 @@ class InputError(TilecutError, ValueError):
 def first_line(error: BaseException | None, limit: int = 300) -> str:
     """An exception's type and the first line of its message: what one line of ours can quote of another library."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # OpenVINO begins with the place in its sources.
+    lines = [line for line in lines if not line.startswith("Exception from ")] or lines
     return f"{type(error).__name__}: {lines[0][:limit] if lines else 'no message'}"

@@ -167,9 +167,11 @@ def _listed(given: Any) -> list[Any]:
     """One thing or several, as a list; None is nothing."""
     if given is None:
         return []
+    if isinstance(given, np.ndarray):
+        return given.reshape(-1).tolist()
     return (
         list(given)
-        if isinstance(given, Sequence | set | frozenset | np.ndarray) and not isinstance(given, str)
+        if isinstance(given, Sequence | set | frozenset) and not isinstance(given, str | bytes)
         else [given]
     )
 
@@ -197,8 +199,8 @@ def rows_of(input_ids: Any, attention_mask: Any, name: str = "input_ids") -> lis
         return list(ids)
     try:
         mask = np.atleast_2d(np.asarray(attention_mask))
-    # numpy's own words for rows of unequal lengths.
-    except ValueError as e:
+    # Words of numpy's for rows of unequal lengths, of torch's for tensors that it has no form for.
+    except (ValueError, TypeError, RuntimeError) as e:
         raise InputError(WHERE, f"attention_mask is no array ({e})", wanted=f"integers {list(ids.shape)}") from e
     if mask.shape != ids.shape or mask.dtype.kind not in "biu":
         raise InputError(
@@ -223,8 +225,8 @@ def rows_of(input_ids: Any, attention_mask: Any, name: str = "input_ids") -> lis
 def _ids(given: Any, rank: int, name: str) -> np.ndarray:
     try:
         found = np.asarray(given)
-    # numpy's own words for rows of unequal lengths.
-    except ValueError as e:
+    # Words of numpy's for rows of unequal lengths, of torch's for tensors that it has no form for.
+    except (ValueError, TypeError, RuntimeError) as e:
         raise InputError(
             WHERE, f"{name} are no array ({e})", wanted="integers [batch, sequence], or rows of them"
         ) from e

@@ -295,7 +295,9 @@ def _parse(held: dict[str, Any]) -> Manifest:
     own = signature(held)
     inputs, outputs = own.inputs, own.outputs
     encoder = None if held.get("encoder") is None else signature(held["encoder"])
-    if encoder is not None and (odd := {s.name for s in encoder.outputs} ^ {s.name for s in inputs if s.name.startswith(CROSS)}):
+    given = {spec.name for spec in encoder.outputs} if encoder is not None else set()
+    read = {spec.name for spec in inputs if spec.name.startswith(CROSS)} if held.get("generation") is not None else set()
+    if odd := given ^ read:
         raise ValueError(f"encoder and model do not both have {min(odd)!r}")
     return Manifest(
         target=text(held["target"]),

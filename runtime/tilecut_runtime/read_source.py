@@ -29,7 +29,7 @@ def read_source(encoder: Session, given: Any, attention_mask: Any) -> dict[str, 
     masks = [spec for spec in encoder.inputs if "mask" in spec.name]
     others = [spec for spec in encoder.inputs if spec not in masks]
     if isinstance(given, Mapping):
-        inputs = dict(given)
+        inputs = {name: _array(name, value, encoder.inputs) for name, value in given.items()}
         if attention_mask is not None:
             raise InputError(WHERE, "inputs by name hold their own mask", got="attention_mask", fix="put it among them")
     elif len(others) != 1:
@@ -50,7 +50,23 @@ def read_source(encoder: Session, given: Any, attention_mask: Any) -> dict[str, 
             shaped = next((o for o in others if o.shape[: len(spec.shape)] == spec.shape and o.name in inputs), None)
             if shaped is not None:
                 inputs[spec.name] = np.ones(np.shape(inputs[shaped.name])[: len(spec.shape)], spec.dtype)
+    for spec in others:
+        ids = inputs.get(spec.name)
+        if _takes_ids(spec) and isinstance(ids, np.ndarray) and ids.dtype.kind == "i" and ids.size and ids.min() < 0:
+            raise InputError(WHERE, f"{spec.name} holds an unknown token id", got=int(ids.min()), wanted="0 and above")
     return encoder.run(inputs)
+
+
+def _array(name: str, value: Any, specs: Sequence[TensorSpec]) -> Any:
+    """Lists, such as a tokenizer gives, as an array; all else as it is."""
+    dtype = next((spec.dtype for spec in specs if spec.name == name), None)
+    if not isinstance(value, list | tuple) or dtype is None:
+        return value
+    try:
+        return np.array(value, dtype)
+    # numpy's own words for rows of unequal lengths, and for what is no number.
+    except (ValueError, TypeError, OverflowError) as e:
+        raise InputError(WHERE, f"{name} is no array ({e})", wanted=f"{dtype}, rows of one length", fix="pad them") from e
 
 
 def reads_ids(encoder: Session) -> bool:

@@ -99,7 +99,10 @@ def check_size(manifest: Manifest, name: str, size: int) -> int:
     limits = manifest.dims.get(name, DimRange())
     if size < limits.min or (limits.max is not None and size > limits.max):
         raise InputError(
-            f"--{name}", "the model does not allow that size", got=size, wanted=f"{limits.min} to {limits.max or 'any'}"
+            f"--{name}" if name in ("batch", "sequence") else f"--sequence ({name})",
+            "the model does not allow that size",
+            got=size,
+            wanted=f"{limits.min} to {limits.max or 'any'}",
         )
     return size
 

@@ -47,6 +47,10 @@ def write_genai(artifact: Path, manifest: Manifest, output: str | Path) -> Path:
             "was compiled without a cache, which onnxruntime-genai needs",
             fix="compile it with generate=True",
         )
+    if layout.stateful:
+        raise ArtifactError(
+            str(artifact), "onnxruntime-genai reads ONNX files", got=f"an artifact for {manifest.target}", wanted="one for edge"
+        )
     if manifest.encoder is not None:
         raise ArtifactError(
             str(artifact),
