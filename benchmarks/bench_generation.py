@@ -1,11 +1,12 @@
 """Decoding with a key-value cache on one thread: dense and cut by half, float32 and int4, beside torch and onnxruntime-genai.
 
-    python benchmarks/bench_generation.py [--rounds 20] [--tokens 128 512] [--genai FOLDER] [--tiny]
+    python benchmarks/bench_generation.py [--rounds 20] [--openings 3] [--tokens 128 512] [--genai FOLDER] [--tiny]
 
 A random model of LLaMA's make: 8 layers, 512 wide, 8 heads on 2 KV groups, 32000 words. Cut by half has half of all its
 multiplications, those of the words' layer included: the residual stream is narrowed too. A round lets every contender
 read a prompt of so many tokens and decode a few behind it; a contender's figure is the median over rounds of its median
-step, in CPU time.
+step, in CPU time. All but torch run in a process of their own. Everything is opened anew several times: where a
+session's weights come to lie in memory moves a step by some percent, for as long as it is open.
 onnxruntime-genai is installed from PyPI into an environment of its own in FOLDER, which reads torch and transformers from
 this one; without --genai it is left out. --tiny is for trying the script out.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -25,17 +27,17 @@ import time
 import venv
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
 from demo import console
-from tilecut import PruneConfig, compile_pruned, load
+from tilecut import PruneConfig, compile_pruned
 from tilecut.config import DEFAULT_KINDS
 from tilecut.describe_machine import machine
 
@@ -44,6 +46,7 @@ RESULTS = HERE / "results" / "generation.json"
 STEPS = 16
 # Tokens of a prompt, steps -> CPU milliseconds of the prompt and of a step.
 Contender = Callable[[int, int], tuple[float, float]]
+Opener = Callable[[], Contender]
 
 
 def make_model(folder: Path, tiny: bool) -> Any:
@@ -69,8 +72,8 @@ def make_model(folder: Path, tiny: bool) -> Any:
     return model
 
 
-def tilecut_contender(model: Any, folder: Path, sparsity: float, quantize: str | None) -> Contender:
-    """An artifact, stepped by its decoder: what `Session.generate` runs, without choosing tokens."""
+def make_artifact(model: Any, folder: Path, sparsity: float, quantize: str | None) -> Path:
+    """An artifact with a cache."""
     # A step of decoding reads every weight once: words' layer and all.
     kinds = (*DEFAULT_KINDS, "hidden") if sparsity else DEFAULT_KINDS
     config = PruneConfig(
@@ -79,24 +82,7 @@ def tilecut_contender(model: Any, folder: Path, sparsity: float, quantize: str |
     with warnings.catch_warnings():
         # There are no data on purpose.
         warnings.simplefilter("ignore", UserWarning)
-        artifact = compile_pruned(model, config=config, output=folder, generate=True, measure=False)
-    decoder = load(artifact.path, threads=1).decoder
-
-    def run(tokens: int, steps: int) -> tuple[float, float]:
-        decoding = decoder.start(1, tokens + steps)
-        prompt, lengths, one = np.arange(3, 3 + tokens)[None], np.array([tokens]), np.ones(1, np.int64)
-        start = time.process_time()
-        decoding.step(prompt, lengths)
-        prefill, times = time.process_time() - start, []
-        decoding.accept(lengths)
-        for i in range(steps):
-            start = time.process_time()
-            decoding.step(prompt[:, i : i + 1], one)
-            times.append(time.process_time() - start)
-            decoding.accept(one)
-        return prefill * 1e3, statistics.median(times) * 1e3
-
-    return run
+        return compile_pruned(model, config=config, output=folder, generate=True, measure=False).path
 
 
 def torch_contender(model: Any) -> Contender:
@@ -117,13 +103,16 @@ def torch_contender(model: Any) -> Contender:
     return run
 
 
-class Genai:
-    """onnxruntime-genai in a process of its own environment."""
+class Worker:
+    """A contender in a process of its own: `decode_worker.py` or `genai_worker.py`."""
 
-    def __init__(self, python: Path, model: Path, output: Path, precision: str):
-        command = [str(python), str(HERE / "genai_worker.py"), str(model), str(output), precision]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, *command: str | Path):
+        said = [str(part) for part in command]
+        self.process = subprocess.Popen(said, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.why = self._line()
+
+    def __del__(self) -> None:
+        self.process.kill()
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -153,16 +142,17 @@ def genai_python(folder: Path) -> Path:
     return python
 
 
-def find_contenders(scratch: Path, genai: Path | None, tiny: bool) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Contenders by name, and why others are missing."""
+def find_contenders(scratch: Path, genai: Path | None, tiny: bool) -> tuple[dict[str, Opener], dict[str, str]]:
+    """What opens each contender, by name, and why others are missing."""
     model = make_model(scratch / "model", tiny)
-    found: dict[str, Contender] = {"torch eager": torch_contender(model)}
+    found: dict[str, Opener] = {"torch eager": lambda: torch_contender(model)}
     missing: dict[str, str] = {}
     for sparsity in (0.0, 0.5):
         for quantize in (None, "int4"):
             name = f"tilecut {quantize or 'fp32'}{', cut by half' if sparsity else ''}"
             with console.status(f"compile {name}"):
-                found[name] = tilecut_contender(model, scratch / f"{sparsity}-{quantize}", sparsity, quantize)
+                folder = make_artifact(model, scratch / f"{sparsity}-{quantize}", sparsity, quantize)
+            found[name] = partial(Worker, sys.executable, HERE / "decode_worker.py", folder)
     for precision in ("fp32", "int4"):
         name = f"onnxruntime-genai {precision}"
         if genai is None:
@@ -170,12 +160,14 @@ def find_contenders(scratch: Path, genai: Path | None, tiny: bool) -> tuple[dict
             continue
         with console.status(f"build {name}"):
             try:
-                made = Genai(genai_python(genai), scratch / "model", scratch / f"genai-{precision}", precision)
+                worker = (genai_python(genai), HERE / "genai_worker.py")
+                opener = partial(Worker, *worker, scratch / "model", scratch / f"genai-{precision}", precision)
+                made = opener()
             except (OSError, subprocess.CalledProcessError) as e:
                 missing[name] = str(e)
                 continue
         if made.why == "ready":
-            found[name] = made
+            found[name] = opener
         else:
             missing[name] = made.why
     return found, missing
@@ -185,6 +177,7 @@ def main() -> None:
     """Time everything and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--openings", type=int, default=3)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--genai", type=Path)
     parser.add_argument("--tiny", action="store_true")
@@ -193,17 +186,22 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        contenders, missing = find_contenders(Path(scratch), args.genai, args.tiny)
+        openers, missing = find_contenders(Path(scratch), args.genai, args.tiny)
+        taken: dict[tuple[int, str], list[tuple[float, float]]] = {}
+        order = random.Random(0)
+        for _ in range(args.openings):
+            contenders = {name: opened() for name, opened in openers.items()}
+            for tokens in args.tokens:
+                for i in range(args.rounds + 2):
+                    # In another order every round: what ran before leaves the processor's caches to the next.
+                    for name, run in order.sample(list(contenders.items()), len(contenders)):
+                        timed = run(tokens, STEPS)
+                        # The first two rounds warm up.
+                        if i >= 2:
+                            taken.setdefault((tokens, name), []).append(timed)
         for tokens in args.tokens:
-            taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-            for i in range(args.rounds + 2):
-                for name, run in contenders.items():
-                    timed = run(tokens, STEPS)
-                    # The first two rounds warm up.
-                    if i >= 2:
-                        taken[name].append(timed)
-            for name, times in taken.items():
-                prefill, step = (statistics.median(one) for one in zip(*times))
+            for name in openers:
+                prefill, step = (statistics.median(one) for one in zip(*taken[tokens, name]))
                 rows.append({"name": name, "tokens": tokens, "prefill_ms": round(prefill, 3), "decode_ms": round(step, 3)})
     base = {row["tokens"]: row["decode_ms"] for row in rows if row["name"] == "torch eager"}
     for row in rows:
@@ -213,6 +211,7 @@ def main() -> None:
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "rounds": args.rounds,
+        "openings": args.openings,
         "tiny": args.tiny,
         "missing": missing,
         "rows": rows,

@@ -17,7 +17,9 @@ from pathlib import Path
 
 
 def build(model: str, output: str, precision: str) -> str | None:
-    """Run the package's own builder; why it failed, or None."""
+    """Run the package's own builder, unless it has run; why it failed, or None."""
+    if (Path(output) / "genai_config.json").is_file():
+        return None
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     command += ["-i", model, "-o", output, "-p", precision, "-e", "cpu", "-c", f"{output}-cache"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
