@@ -58,8 +58,8 @@ def _keeps_apart(
     graph: Graph, region: list[fx.Node], reached: Collection[fx.Node], batch: sympy.Symbol, length: sympy.Symbol
 ) -> bool:
     """Whether fewer tokens, and tokens in another order, give the same rows."""
-    entries = {x for n in region for x in n.all_input_nodes if x not in region and x in reached}
-    entries = {x for x in entries if isinstance(value_of(x), Tensor)}
+    read = dict.fromkeys(x for n in region for x in n.all_input_nodes if x not in region and x in reached)
+    entries = [x for x in read if isinstance(value_of(x), Tensor)]
     at = {batch: 1, length: TOKENS}
     generator = torch.Generator().manual_seed(0)
     whole: dict[fx.Node, Tensor] = {}

@@ -63,10 +63,11 @@ def _array(name: str, value: Any, specs: Sequence[TensorSpec]) -> Any:
     if not isinstance(value, list | tuple) or dtype is None:
         return value
     try:
-        return np.array(value, dtype)
-    # numpy's own words for rows of unequal lengths, and for what is no number.
-    except (ValueError, TypeError, OverflowError) as e:
+        found = np.asarray(value)
+    # Words of numpy's for rows of unequal lengths, of torch's for tensors that numpy has no form for.
+    except (ValueError, TypeError, RuntimeError) as e:
         raise InputError(WHERE, f"{name} is no array ({e})", wanted=f"{dtype}, rows of one length", fix="pad them") from e
+    return found.astype(dtype) if np.can_cast(found.dtype, dtype, "same_kind") else found
 
 
 def reads_ids(encoder: Session) -> bool:
