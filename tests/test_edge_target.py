@@ -17,6 +17,7 @@ from tilecut_runtime.reference import Case
 from tilecut_targets.edge.lower_attention import LowerAttention
 from tilecut_targets.edge.lower_bias_gelu import LowerBiasGelu
 from tilecut_targets.edge.lower_cached_attention import LowerCachedAttention
+from tilecut_targets.edge.lower_cross_attention import LowerCrossAttention
 from tilecut_targets.edge.lower_residual import LowerResidual
 from tilecut_targets.edge.lower_rms_norm import LowerRmsNorm
 from tilecut_targets.edge.lower_rotary import LowerRotary
@@ -140,7 +141,7 @@ def test_a_file_that_is_no_onnx_does_not_pass(emitted, tmp_path):
 
 def test_lowering_is_one_visible_tuple():
     assert EdgeTarget().lowering == (
-        UnpackAttention(), LowerCachedAttention(), LowerResidual(), LowerRmsNorm(), LowerRotary(),
+        UnpackAttention(), LowerCachedAttention(), LowerCrossAttention(), LowerResidual(), LowerRmsNorm(), LowerRotary(),
         LowerAttention(packable=True), LowerAttention(packable=False), LowerBiasGelu(),
     )  # fmt: skip
 

@@ -43,7 +43,7 @@ MODEL = Manifest(
 
 
 # Artifacts of before a field was there have none.
-OPTIONAL = ("format", "quantize", "generation", "module")
+OPTIONAL = ("format", "quantize", "generation", "module", "encoder")
 
 
 def saved(folder, held):
@@ -191,7 +191,9 @@ def test_a_cache_is_read_back(tmp_path):
         ({"tokens": "ids"}, "generation names 'ids', which the model does not have"),
         ({"states": {"past_key_values.0.key": "present.7.key"}}, "generation names 'present.7.key'"),
         ({"max_length": 0}, "generation has max_length 0"),
-        ({"eos": [-1]}, r"and eos \(-1,\)"),
+        ({"eos": [-1]}, r"eos \(-1,\) and start \(\)"),
+        ({"states": {}}, "generation's states lack 'past_key_values.0.key'"),
+        ({"logits": "present.0.key"}, "generation takes 'present.0.key' for logits, which continues a cache"),
         ({"states": 3}, "malformed"),
         ({"eos": None}, "malformed"),
     ],

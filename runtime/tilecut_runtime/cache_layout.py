@@ -88,8 +88,8 @@ class CacheLayout:
                 raise ValueError(f"generation names {unknown[0]!r}, which the model does not have")
         if made.logits in made.states.values():
             raise ValueError(f"generation takes {made.logits!r} for logits, which continues a cache")
-        if not made.stateful and (left := {name for name in inputs if is_past(name)} ^ set(made.states)):
-            raise ValueError(f"generation's states and the model's inputs do not both have {min(left)!r}")
+        if not made.stateful and (left := {name for name in inputs if is_past(name)} - set(made.states)):
+            raise ValueError(f"generation's states lack {min(left)!r}")
         counts = (made.max_length, *made.eos, *made.start)
         if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in counts) or made.max_length < 1:
             raise ValueError(f"generation has max_length {made.max_length}, eos {made.eos} and start {made.start}")
