@@ -81,7 +81,7 @@ def _check_sizes(graph: Graph, tokens: fx.Node, others: Sequence[fx.Node], cross
             raise LoweringError(
                 WHERE,
                 f"{names[node]}, which the encoder reads, has the length of {names[tokens]}",
-                got=graph.dims[length],
+                got=next(name for symbol, name in graph.dims.items() if symbol == length),
                 wanted="a length of its own",
                 fix="name the two lengths apart in dynamic_shapes, and give examples of two lengths",
             )
