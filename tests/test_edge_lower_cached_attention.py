@@ -28,7 +28,7 @@ class Written:
     def __init__(self, graph, path):
         self.graph, self.path = graph, path
         fused = graph.copy()
-        run_passes(fused, [*EdgeTarget().fusing, *EdgeTarget().caching()])
+        run_passes(fused, [*EdgeTarget().fusing, *EdgeTarget().before_caching, *EdgeTarget().caching()])
         self.inputs, self.outputs, self.states, self.specs = (
             fused.inputs,
             fused.outputs,
@@ -125,7 +125,7 @@ def test_pruned_heads_of_any_width(seed, tmp_path):
 
 def test_products_may_stay_apart(tmp_path):
     graph = capture(decoder("llama"))
-    run_passes(graph, [*EdgeTarget().fusing, *EdgeTarget().caching()])
+    run_passes(graph, [*EdgeTarget().fusing, *EdgeTarget().before_caching, *EdgeTarget().caching()])
     assert run_passes(graph, [LowerCachedAttention(packed=False)])[0].rewrites == 2
     assert sum(n.target is torch.ops.aten.linear.default for n in graph.nodes) == 15
     assert run_passes(graph, [LowerCachedAttention(packed=False)])[0].rewrites == 0

@@ -39,7 +39,7 @@ from tilecut_passes.graph import (
     arguments,
     calls_before,
     is_call,
-    size_of,
+    read_sizes_off,
     sizes_of,
     source,
     symbols_of,
@@ -113,7 +113,7 @@ class AddCache:
         for i, node in enumerate(attentions):
             presents += _cache(graph, node, i, capacity, past_lengths, lengths, told[i])
         result = keep_last_token(graph, graph.results[output], tokens, lengths)
-        _read_sizes(graph, tokens, (batch, length))
+        read_sizes_off(graph, [tokens])
         graph.fx.output_node().args = ((result, *(node for _, node in presents)),)
         graph.outputs = (graph.outputs[output], *(name for name, _ in presents))
         graph.returns = "mapping"
@@ -185,7 +185,7 @@ def _symbols(graph: Graph, tokens: fx.Node) -> tuple[sympy.Symbol, sympy.Symbol]
 
 def _sort_attentions(graph: Graph, reached: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """The attentions of the tokens on themselves, and those on what an encoder gave."""
-    given = set(reached_by([n for name, n in zip(graph.inputs, graph.placeholders, strict=True) if name.startswith(CROSS)]))
+    given = reached_by([n for name, n in zip(graph.inputs, graph.placeholders, strict=True) if name.startswith(CROSS)])
     found = [n for n in graph.nodes if is_call(n, ATTENTION)]
     across = [n for n in found if all(arguments(n)[part] in given - reached for part in "kv")]
     return [n for n in found if n not in across], across
@@ -299,7 +299,6 @@ class _Biases:
 
     tables: TabulatePositions
     known: dict[tuple[fx.Node | None, ...], fx.Node | None] = field(default_factory=dict)
-    held: list[tuple[Tensor, fx.Node]] = field(default_factory=list)
 
     def __call__(self, attention: fx.Node) -> fx.Node | None:
         """The tensor [Hq, R] of an attention, None where it has no bias."""
@@ -307,25 +306,16 @@ class _Biases:
         key = a["bias"], a["alibi_slopes"]
         if key not in self.known:
             table = distance_table(self.tables, attention)
-            self.known[key] = None if table is None else self._hold(table, attention)
+            name = f"{attention.name}_distance_bias"
+            self.known[key] = None if table is None else self.tables.hold(table, name)
         return self.known[key]
-
-    def _hold(self, table: Tensor, attention: fx.Node) -> fx.Node:
-        equal = next((node for held, node in self.held if torch.equal(held, table)), None)
-        if equal is None:
-            equal = self.tables.graph.add_tensor(f"{attention.name}_distance_bias", table)
-            self.held.append((table, equal))
-        return equal
 
 
 def placeholder(graph: Graph, name: str, sizes: Sequence[int | torch.SymInt], dtype: torch.dtype) -> fx.Node:
-    """A new input behind the others."""
-    with graph.fx.inserting_after(graph.placeholders[-1]):
-        node = graph.fx.placeholder(name.replace(".", "_"))
+    """A new input of these sizes behind the others."""
     with graph.fake_mode():
-        node.meta["val"] = torch.empty(tuple(sizes), dtype=dtype)
-    graph.inputs = (*graph.inputs, name)
-    return node
+        value = torch.empty(tuple(sizes), dtype=dtype)
+    return graph.add_input(name, value)
 
 
 def _new_size(graph: Graph, name: str, longest: int) -> torch.SymInt:
@@ -384,25 +374,11 @@ def _cache(
     return [(present_name(index, part), one) for part, one in zip(("key", "value"), presents)]
 
 
-def _read_sizes(graph: Graph, tokens: fx.Node, symbols: tuple[sympy.Symbol, sympy.Symbol]) -> None:
-    """Batch and length are read off the token ids, wherever they were read before."""
-    with calls_before(graph, graph.first_call()) as call:
-        made = {symbol: call(aten.sym_size.int, tokens, d) for d, symbol in enumerate(symbols)}
-    for node in list(graph.nodes):
-        if is_call(node, aten.sym_size.int) and node not in made.values():
-            size = size_of(value_of(node))
-            if size in made:
-                node.replace_all_uses_with(made[size])  # type: ignore[index]
-
-
 def _drop_mask(graph: Graph, mask: str) -> None:
     """Remove the input, and what was only computed from it."""
     node = graph.input_node(mask)
     assert node is not None
-    for one in reversed(list(graph.nodes)):
-        if one.op == "call_function" and not one.users:
-            graph.fx.erase_node(one)
+    graph.remove_dead_code()
     if node.users:
         raise LoweringError(WHERE, f"{next(iter(node.users)).name} reads {mask} in a way that no position stands for")
-    graph.fx.erase_node(node)
-    graph.inputs = tuple(name for name in graph.inputs if name != mask)
+    graph.remove_input(node)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from tilecut_passes.graph import arguments, value_of
-from tilecut_passes.tabulate_positions import ROUNDING, TabulatePositions
+from tilecut_passes.tabulate_positions import LENGTHS, TabulatePositions, alike
 from tilecut_runtime.errors import LoweringError
 
 # The longest text whose pairs are looked at, and how many pairs of all heads: they are S x S x H numbers.
@@ -51,16 +51,15 @@ def _of_bias(tables: TabulatePositions, bias: fx.Node, heads: int) -> Tensor:
     """A bias [B|1, H|1, S, S] as float64 [H|1, R], as short as its last distances are alike."""
     probed = min(PROBED, tables.longest, math.isqrt(MOST_PAIRS // heads))
     by_distance = _along_last_query(bias, tables.value(bias, probed))
-    for length in {min(n, probed) for n in (2, 7, probed // 2)}:
-        if length:
-            shorter = _along_last_query(bias, tables.value(bias, length))
-            if not _close(shorter, by_distance[:, :length]):
-                raise LoweringError(
-                    WHERE,
-                    f"{bias.name} holds other numbers for the same distances of a longer text",
-                    got=f"a difference between {length} and {probed} tokens",
-                    wanted="numbers that depend on the distance alone: a cache keeps what was computed before",
-                )
+    for length in {min(n, probed) for n in (*LENGTHS, max(probed // 2, 1))}:
+        shorter = _along_last_query(bias, tables.value(bias, length))
+        if not alike(shorter, by_distance[:, :length]):
+            raise LoweringError(
+                WHERE,
+                f"{bias.name} holds other numbers for the same distances of a longer text",
+                got=f"a difference between {length} and {probed} tokens",
+                wanted="numbers that depend on the distance alone: a cache keeps what was computed before",
+            )
     same = (by_distance == by_distance[:, -1:]).all(0)
     # The first place from which on all are alike.
     last = int(torch.nonzero(~same).max()) + 1 if not bool(same.all()) else 0
@@ -68,7 +67,7 @@ def _of_bias(tables: TabulatePositions, bias: fx.Node, heads: int) -> Tensor:
         return by_distance[:, : last + 1]
     half = by_distance[:, probed // 2 :]
     falls = (half[:, -1:] - half[:, :1]) / (half.shape[1] - 1)
-    if not _close(half, half[:, :1] + falls * torch.arange(half.shape[1])):
+    if not alike(half, half[:, :1] + falls * torch.arange(half.shape[1])):
         raise LoweringError(
             WHERE,
             f"{bias.name} goes on changing with the distance",
@@ -89,7 +88,8 @@ def _along_last_query(bias: fx.Node, found: Tensor) -> Tensor:
         # One head at a time: all of them are gigabytes.
         one = head.double() - head.diagonal().double()[:, None]
         table = one[-1].flip(-1)
-        if not _close(torch.where(behind >= 0, one, 0.0), torch.where(behind >= 0, table[behind.clamp(min=0)], 0.0)):
+        # A bias may count places from the start of the text: it is rounded at that size.
+        if not alike(torch.where(behind >= 0, one, 0.0), torch.where(behind >= 0, table[behind.clamp(min=0)], 0.0)):
             raise LoweringError(
                 WHERE,
                 f"{bias.name} is a bias for pairs of positions that their distance does not tell",
@@ -97,8 +97,3 @@ def _along_last_query(bias: fx.Node, found: Tensor) -> Tensor:
             )
         tables.append(table)
     return torch.stack(tables)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    # A bias may count places from the start of the text: it is rounded at that size.
-    return torch.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * max(1.0, float(b.abs().max())))

@@ -115,6 +115,19 @@ class Graph:
         node.meta["val"] = self.fake_mode().from_tensor(value, static_shapes=True)
         return node
 
+    def add_input(self, name: str, value: Tensor) -> fx.Node:
+        """A new input called `name` behind the others; `value` is fake."""
+        with self.fx.inserting_after(self.placeholders[-1]):
+            node = self.fx.placeholder(name.replace(".", "_"))
+        node.meta["val"] = value
+        self.inputs = (*self.inputs, name)
+        return node
+
+    def remove_input(self, node: fx.Node) -> None:
+        """Remove an input that nothing reads any more."""
+        self.inputs = tuple(name for name, one in zip(self.inputs, self.placeholders, strict=True) if one is not node)
+        self.fx.erase_node(node)
+
     def first_call(self) -> fx.Node:
         """The first node that is neither an input nor a tensor: where new get_attr nodes go."""
         return next(n for n in self.nodes if n.op not in ("placeholder", "get_attr"))
@@ -185,11 +198,15 @@ class Graph:
 
     def clean(self) -> None:
         """Remove dead code, lint, recompile."""
-        # torch keeps ops that draw random numbers, attention among them; here nothing has effects.
-        self.fx.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        self.remove_dead_code()
         self.fx.lint()
         self.module.delete_all_unused_submodules()
         self.module.recompile()
+
+    def remove_dead_code(self) -> None:
+        """Remove what nothing reads."""
+        # torch keeps ops that draw random numbers, attention among them; here nothing has effects.
+        self.fx.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
     def propagate(self) -> None:
         """Recompute `meta["val"]` of every node from the inputs' symbolic shapes; raises where a size does not fit."""
@@ -356,6 +373,22 @@ def calls_before(graph: Graph, node: fx.Node) -> Iterator[Callable[..., fx.Node]
         return made
 
     yield call
+
+
+def read_sizes_off(graph: Graph, inputs: Sequence[fx.Node]) -> None:
+    """Dynamic sizes are read off the first of `inputs` that has them, wherever they were read before; others are left."""
+    places: dict[Size, tuple[fx.Node, int]] = {}
+    for node in inputs:
+        for d, size in enumerate(sizes_of(value_of(node))):
+            if not isinstance(size, int):
+                places.setdefault(size, (node, d))
+    with calls_before(graph, graph.first_call()) as call:
+        made = {size: call(torch.ops.aten.sym_size.int, *place) for size, place in places.items()}
+    for node in list(graph.nodes):
+        if is_call(node, torch.ops.aten.sym_size.int) and node not in made.values():
+            size = size_of(value_of(node))
+            if size in made:
+                node.replace_all_uses_with(made[size])
 
 
 def size_arguments(graph: Graph, node: fx.Node, dims: Sequence[int], before: fx.Node) -> list[int | fx.Node]:

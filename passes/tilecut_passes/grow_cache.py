@@ -52,8 +52,9 @@ class GrowCache:
         biases: dict[fx.Node, fx.Node] = {}
         for node in found:
             _concatenate(graph, node, real, beams, biases)
-        for node, name in ((past_lengths, PAST_LENGTHS), (lengths, LENGTHS)):
-            _erase(graph, node, name)
+        graph.remove_dead_code()
+        for node in (past_lengths, lengths):
+            graph.remove_input(node)
         limits = graph.ranges[CAPACITY]
         graph.ranges[CAPACITY] = DimRange(0, limits.max)
         return len(found)
@@ -118,12 +119,3 @@ def _bias(call, table: fx.Node, past: fx.Node, q: fx.Node) -> fx.Node:
     near = call(aten.clamp.default, behind, 0, int(value_of(table).shape[1]) - 1)
     rows = call(aten.embedding.default, call(aten.transpose.int, table, 0, 1), near)
     return call(aten.unsqueeze.default, call(aten.permute.default, rows, [2, 0, 1]), 0)
-
-
-def _erase(graph: Graph, node: fx.Node, name: str) -> None:
-    """Remove an input, and what was only computed from it."""
-    for one in reversed(list(graph.nodes)):
-        if one.op == "call_function" and not one.users:
-            graph.fx.erase_node(one)
-    graph.fx.erase_node(node)
-    graph.inputs = tuple(known for known in graph.inputs if known != name)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from tilecut_passes.graph import Graph, is_call, number_of, sizes_of, value_of
 from tilecut_passes.mask_probes import ProbeError
-from tilecut_passes.tabulate_positions import Whole
+from tilecut_passes.tabulate_positions import Whole, alike
 
 aten = torch.ops.aten
 # Tokens that a region is run on.
@@ -80,8 +80,7 @@ def _keeps_apart(
         return False
     want, turned = (x.unflatten(0, (TOKENS, -1)) for x in (want, turned))
     fewer = fewer.unflatten(0, (TOKENS - 3, -1))
-    close = lambda a, b: torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5)
-    return close(fewer, want[: TOKENS - 3]) and close(turned, want[order])
+    return alike(fewer, want[: TOKENS - 3]) and alike(turned, want[order])
 
 
 def _run(graph: Graph, end: fx.Node, given: dict[fx.Node, Tensor], at: dict[sympy.Symbol, int]) -> Tensor:

@@ -16,14 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from tilecut_passes.graph import Graph, arguments, calls_before, is_call, size_of, sizes_of, symbols_of, value_of
+from tilecut_passes.graph import Graph, arguments, is_call, read_sizes_off, sizes_of, symbols_of, value_of
 from tilecut_passes.tabulate_positions import reached_by, reads_values
 from tilecut_runtime.cache_layout import CROSS
 from tilecut_runtime.errors import LoweringError
 
-aten = torch.ops.aten
 ATTENTION = torch.ops.tilecut.attention.default
 WHERE = "SplitEncoder"
 
@@ -116,8 +115,6 @@ def _encoder(graph: Graph, own: set[fx.Node], crossing: Sequence[fx.Node], names
     at = dict(zip(graph.nodes, made.nodes, strict=True))
     made.fx.output_node().args = (tuple(at[n] for n in crossing),)
     made.outputs, made.returns = tuple(names[n] for n in crossing), "mapping"
-    made.clean()
-    _read_sizes(made, {at[n] for n in own})
     _drop_inputs(made, {at[n] for n in own})
     return made
 
@@ -131,50 +128,20 @@ def _decoder(graph: Graph, tokens: fx.Node, others: Sequence[fx.Node], names: di
     made.fx.output_node().args = (tuple(node for _, node in kept),)
     apart = {at[n] for n in others}
     for old, name in names.items():
-        node = at[old]
-        with made.fx.inserting_after(made.placeholders[-1]):
-            given = made.fx.placeholder(name.replace(".", "_"))
-        given.meta["val"] = value_of(node)
-        made.inputs = (*made.inputs, name)
-        node.replace_all_uses_with(given)
-    made.clean()
-    _read_sizes(made, apart)
+        at[old].replace_all_uses_with(made.add_input(name, value_of(old)))
     _drop_inputs(made, apart)
     return made
 
 
-def _read_sizes(graph: Graph, apart: set[fx.Node]) -> None:
-    """Sizes that were read off the inputs in `apart`, or off what is computed from them, are read off other inputs."""
-    given = [n for n in graph.placeholders if n not in apart]
-    tied = _depends(graph, apart)
-    for node in list(graph.nodes):
-        if not is_call(node, aten.sym_size.int) or node.args[0] not in tied:
-            continue
-        size = size_of(value_of(node))
-        other = next(((n, d) for n in given for d, s in enumerate(sizes_of(value_of(n))) if s == size), None)
-        if other is not None:
-            with calls_before(graph, graph.first_call()) as call:
-                node.replace_all_uses_with(call(aten.sym_size.int, *other))
-    graph.clean()
-
-
-def _depends(graph: Graph, apart: set[fx.Node]) -> set[fx.Node]:
-    found = set(apart)
-    for node in graph.nodes:
-        if any(one in found for one in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
 def _drop_inputs(graph: Graph, apart: set[fx.Node]) -> None:
-    """Remove inputs, and sizes that no input has any more."""
-    names = dict(zip(graph.placeholders, graph.inputs, strict=True))
+    """Remove inputs, whose sizes other inputs tell, and sizes that no input has any more."""
+    graph.remove_dead_code()
+    read_sizes_off(graph, [n for n in graph.placeholders if n not in apart])
+    graph.remove_dead_code()
     for node in apart:
         # What still reads one would be a mistake here: fx refuses.
-        graph.fx.erase_node(node)
-    graph.inputs = tuple(names[n] for n in graph.placeholders)
-    values = [value_of(n) for n in graph.placeholders]
-    used = {symbol for v in values if isinstance(v, Tensor) for size in sizes_of(v) for symbol in symbols_of(size)}
+        graph.remove_input(node)
+    used = {symbol for n in graph.placeholders for size in sizes_of(value_of(n)) for symbol in symbols_of(size)}
     graph.dims = {symbol: name for symbol, name in graph.dims.items() if symbol in used}
     graph.ranges = {name: limits for name, limits in graph.ranges.items() if name in graph.dims.values()}
     graph.clean()

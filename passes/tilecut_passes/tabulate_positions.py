@@ -137,11 +137,14 @@ class TabulatePositions:
             if self.mask is not None:
                 padded = self.value(node, min(length + 3, self.longest), length).movedim(place, 0)
                 self._compare(node, whole, padded[:length], length)
-        table = whole.reshape(self.longest, -1).contiguous()
+        return self.hold(whole.reshape(self.longest, -1).contiguous(), f"{node.name}_table")
+
+    def hold(self, table: Tensor, name: str) -> fx.Node:
+        """A tensor of the graph that holds a table: the one that holds an equal one, or a new one called `name`."""
         for held, made in self.tables:
             if held.dtype == table.dtype and torch.equal(held, table):
                 return made
-        made = self.graph.add_tensor(f"{node.name}_table", table)
+        made = self.graph.add_tensor(name, table)
         self.tables.append((table, made))
         return made
 
@@ -213,6 +216,11 @@ def half_of_pairs(table: Tensor, interleaved: bool) -> Tensor | None:
         return None
     first, second = (table[:, ::2], table[:, 1::2]) if interleaved else table.chunk(2, -1)
     return first.contiguous() if torch.equal(first, second) else None
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ by rounding alone, at the size of the largest number of `b`."""
+    return torch.allclose(a.double(), b.double(), rtol=ROUNDING, atol=ROUNDING * max(1.0, float(b.abs().max())))
 
 
 def reached_by(starts: Sequence[fx.Node]) -> set[fx.Node]:

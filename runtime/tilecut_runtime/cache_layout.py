@@ -13,7 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tilecut_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PAST_LENGTHS, LENGTHS = "past_lengths", "lengths"
 MASK, POSITIONS, BEAMS = "attention_mask", "position_ids", "beam_idx"
@@ -29,6 +34,16 @@ def past_name(index: int, part: str) -> str:
 def present_name(index: int, part: str) -> str:
     """The output that continues `past_name`."""
     return f"present.{index}.{part}"
+
+
+def check_room(past_lengths: np.ndarray, lengths: np.ndarray, capacity: int) -> None:
+    """Refuse more tokens than caches hold: past_lengths [B] are there, and lengths [B] are to come.
+
+    Raises:
+        InputError: the caches are full.
+    """
+    if (most := int((past_lengths + lengths).max())) > capacity:
+        raise InputError("Decoding.step", "the cache is full", got=f"{most} tokens", wanted=f"at most {capacity}")
 
 
 def is_past(name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tilecut_runtime.cache_layout import LENGTHS, PAST_LENGTHS, CacheLayout
+from tilecut_runtime.cache_layout import LENGTHS, PAST_LENGTHS, CacheLayout, check_room
 from tilecut_runtime.errors import InputError, first_line
 from tilecut_runtime.manifest import Manifest
 
@@ -57,10 +57,7 @@ class Decoding:
         Raises:
             InputError: the caches are full, or onnxruntime cannot run the step.
         """
-        if (most := int((self.past + lengths).max())) > self.capacity:
-            raise InputError(
-                "Decoding.step", "the cache is full", got=f"{most} tokens", wanted=f"at most {self.capacity}"
-            )
+        check_room(self.past, lengths, self.capacity)
         size = tokens.shape[1]
         if size not in self.steps:
             # A prompt's is needed once.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tilecut_runtime.cache_layout import BEAMS, MASK, POSITIONS, CacheLayout
+from tilecut_runtime.cache_layout import BEAMS, MASK, POSITIONS, CacheLayout, check_room
 from tilecut_runtime.errors import InputError, first_line
 from tilecut_runtime.manifest import Manifest
 
@@ -47,8 +47,7 @@ class Decoding:
         Raises:
             InputError: the caches are full, or OpenVINO cannot run the step.
         """
-        if (most := int((self.past + lengths).max())) > self.capacity:
-            raise InputError("Decoding.step", "the cache is full", got=f"{most} tokens", wanted=f"at most {self.capacity}")
+        check_room(self.past, lengths, self.capacity)
         batch, size = tokens.shape
         # Column of the padded row -> place among the row's own tokens; below 0 on the left of them.
         place = np.arange(size) - (size - lengths)[:, None]

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from tilecut_runtime.cache_layout import BEAMS, LENGTHS, MASK, PAST_LENGTHS, POSITIONS
 from tilecut_runtime.manifest import Manifest
 
 
-def prefill_inputs(
-    manifest: Manifest,
-    tokens: np.ndarray,
-    lengths: np.ndarray | None = None,
-    encoded: Mapping[str, np.ndarray] | None = None,
-) -> dict[str, np.ndarray]:
-    """Inputs by name for tokens [B, S], right-padded behind lengths [B]; None: none is padding. `encoded`: the encoder's."""
+def prefill_inputs(manifest: Manifest, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Inputs by name for tokens [B, S] without padding; those of an encoder are left out."""
     layout = manifest.generation
     assert layout is not None
     batch, length = tokens.shape
     if layout.stateful:
-        given = np.full(batch, length, np.int64) if lengths is None else lengths
-        place = np.arange(length) - (length - given)[:, None]
         return {
-            layout.tokens: np.take_along_axis(tokens, np.maximum(place, 0), 1),
-            MASK: (place >= 0).astype(np.int64),
-            POSITIONS: np.maximum(place, 0),
+            layout.tokens: tokens,
+            MASK: np.ones((batch, length), np.int64),
+            POSITIONS: np.tile(np.arange(length), (batch, 1)),
             BEAMS: np.arange(batch, dtype=np.int32),
         }
     out = {
         layout.tokens: tokens,
         PAST_LENGTHS: np.zeros(batch, np.int64),
-        LENGTHS: np.full(batch, length, np.int64) if lengths is None else lengths,
-        **(encoded or {}),
+        LENGTHS: np.full(batch, length, np.int64),
     }
     for spec in manifest.inputs:
         if spec.name in layout.states:

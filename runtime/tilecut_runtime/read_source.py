@@ -9,6 +9,7 @@ import numpy as np
 
 from tilecut_runtime.errors import InputError
 from tilecut_runtime.manifest import TensorSpec
+from tilecut_runtime.token_rows import rows_of
 
 if TYPE_CHECKING:
     from tilecut_runtime.session import Session
@@ -81,8 +82,6 @@ def _takes_ids(spec: TensorSpec) -> bool:
 
 def _padded(given: Any, attention_mask: Any, spec: TensorSpec, masks: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
     """Ids and their mask."""
-    from tilecut_runtime.generate import rows_of
-
     rows = rows_of(given, attention_mask, spec.name)
     if not rows or not all(len(row) for row in rows):
         raise InputError(WHERE, f"{spec.name} holds an empty text", wanted="one row at least, of one token at least")

@@ -211,8 +211,8 @@ def verify_on_device(folder: Path, device: str | None = None) -> list[Rung]:
     quantized = manifest.quantize is not None
     rungs += agreement_rungs("artifact equals reference", cases, session.run, limit, detail, quantized)
     if manifest.encoder is not None:
-        cases = read_cases(folder, manifest.of_encoder, ENCODER)
-        found = agreement_rungs("artifact equals reference", cases, session.encoder.run, limit, detail, quantized)
+        read = read_cases(folder, manifest.of_encoder, ENCODER)
+        found = agreement_rungs("artifact equals reference", read, session.encoder.run, limit, detail, quantized)
         rungs += of_encoder(found)
     if manifest.generation is not None and manifest.generation.stateful:
         rungs.append(decoding_rung(session, cases, limit))
@@ -234,11 +234,9 @@ def decoding_rung(session: Session, cases: Sequence[Case], limit: float) -> Rung
         decoding.step(padded[:, :-1], lengths - 1)
         decoding.accept(lengths - 1)
         got = decoding.step(np.array([[row[-1]] for row in rows]), np.ones(len(rows), np.int64))
-        want = case.outputs[layout.logits][:, 0].astype(np.float64)
-        if session.manifest.quantize is None:
-            worst = max(worst, scaled_error(want, got))
-        else:
-            worst = max(worst, float(np.linalg.norm(want - got) / max(float(np.linalg.norm(want)), SMALL)))
+        last = Case({}, {layout.logits: case.outputs[layout.logits]}, {layout.logits: case.valid[layout.logits]})
+        found = {layout.logits: got[:, None]}
+        worst = max(worst, last.error(found) if session.manifest.quantize is None else last.drift(found)[0])
     detail = f"{session.how} on {session.device}, the last token of every case read behind the cache of those before it"
     return Rung("decoding equals reference", "passed" if worst <= limit else "failed", detail, worst, limit)
 

@@ -43,7 +43,7 @@ def make_step_cases(
             given = encoder.run(source)
             read.append(make_case(source, given))
         made, error = _run(pruned, steps, layout, lengths, more, seed + i, others, given)
-        cases += made[:1] if len(made) == 1 else [made[0], made[-1]]
+        cases += made
         worst = max(worst, error)
     sizes = ", ".join(f"{'+'.join(map(str, prompts))} tokens and {more} more" for prompts, more in TEXTS)
     detail = f"prompts in one step and tokens one by one, in torch, against whole texts of {sizes}"
@@ -63,8 +63,6 @@ def _run(
     """`others` are the pruned model's inputs, of which those of the tokens' shape are made anew; `encoded` is the encoder's."""
     generator = torch.Generator().manual_seed(seed)
     rows, total = len(lengths), int(lengths.max()) + more
-    if layout.stateful:
-        return _run_growing(pruned, steps, layout, lengths, more, seed)
     specs = {spec.name: spec for spec in steps.input_specs()}
     vocabulary = int(steps.output_specs()[0].shape[-1])
     ids = torch.randint(0, vocabulary, (rows, total), generator=generator).to(
@@ -74,53 +72,58 @@ def _run(
     # Masks of the tokens.
     ones = {name: torch.ones_like(ids) for name in pruned.inputs if shapes[name] == shapes[layout.tokens]}
     whole = pruned.run({**others, **ones, layout.tokens: ids})[layout.logits]
+    places = 0 if layout.stateful else total
     caches = {
-        name: torch.zeros((rows, int(specs[name].shape[1]), total, int(specs[name].shape[3]))) for name in layout.states
+        name: torch.zeros((rows, int(specs[name].shape[1]), places, int(specs[name].shape[3]))) for name in steps.states
     }
+    if layout.stateful:
+        return _grow(steps, layout, ids, whole, lengths, caches)
+    return _fill(steps, layout, ids, whole, lengths, {**caches, **encoded})
+
+
+def _fill(
+    steps: Graph, layout: CacheLayout, ids: Tensor, whole: Tensor, lengths: Tensor, held: dict[str, Tensor]
+) -> tuple[list[Case], float]:
+    """Steps that write to caches of a fixed size, rows padded on the right; the cases are the first and the last."""
+    rows, total = ids.shape
     past, new = torch.zeros(rows, dtype=torch.int64), lengths
     cases, worst = [], 0.0
-    for _ in range(1 + more):
+    for _ in range(1 + total - int(lengths.max())):
         places = (past[:, None] + torch.arange(int(new.max()))).clamp(max=total - 1)
-        inputs = {layout.tokens: ids.gather(1, places), PAST_LENGTHS: past, LENGTHS: new, **caches, **encoded}
+        inputs = {layout.tokens: ids.gather(1, places), PAST_LENGTHS: past, LENGTHS: new, **held}
         outputs = steps.run(inputs)
         past = past + new
         want = whole[torch.arange(rows), past - 1][:, None]
         worst = max(worst, scaled_error(want.numpy(), outputs[layout.logits].numpy()))
         cases.append(_case(layout, inputs, {**outputs, layout.logits: want}, past))
-        caches = {name: outputs[present] for name, present in layout.states.items()}
+        held = {**held, **{name: outputs[present] for name, present in layout.states.items()}}
         new = torch.ones_like(past)
-    return cases, worst
+    return [cases[0], cases[-1]], worst
 
 
-def _run_growing(
-    pruned: Graph, steps: Graph, layout: CacheLayout, lengths: Tensor, more: int, seed: int
+def _grow(
+    steps: Graph, layout: CacheLayout, ids: Tensor, whole: Tensor, lengths: Tensor, caches: dict[str, Tensor]
 ) -> tuple[list[Case], float]:
-    """The same where caches grow and rows are padded on the left; the case is the prompts', read into empty caches."""
-    generator = torch.Generator().manual_seed(seed)
+    """Steps whose caches grow, rows padded on the left; the case is the prompts', read into empty caches."""
     rows, most = len(lengths), int(lengths.max())
-    specs = {spec.name: spec for spec in steps.input_specs()}
-    vocabulary = int(steps.output_specs()[0].shape[-1])
-    ids = torch.randint(0, vocabulary, (rows, most + more), generator=generator).to(
-        getattr(torch, specs[layout.tokens].dtype)
-    )
-    others = {name: torch.ones_like(ids) for name in pruned.inputs if name != layout.tokens}
-    whole = pruned.run({layout.tokens: ids, **others})[layout.logits]
     place = torch.arange(most) - (most - lengths)[:, None]
-    caches = {name: torch.zeros((rows, int(specs[name].shape[1]), 0, int(specs[name].shape[3]))) for name in steps.states}
     mask, positions = (place >= 0).long(), place.clamp(min=0)
-    tokens, cases, worst = ids.gather(1, positions), [], 0.0
-    for step in range(1 + more):
-        inputs = {layout.tokens: tokens, MASK: mask, POSITIONS: positions, BEAMS: torch.arange(rows, dtype=torch.int32)}
+    cases, worst = [], 0.0
+    for step in range(1 + ids.shape[1] - most):
+        inputs = {
+            layout.tokens: ids.gather(1, positions),
+            MASK: mask,
+            POSITIONS: positions,
+            BEAMS: torch.arange(rows, dtype=torch.int32),
+        }
         outputs = steps.run({**inputs, **caches})
         want = whole[torch.arange(rows), lengths - 1 + step][:, None]
         worst = max(worst, scaled_error(want.numpy(), outputs[layout.logits].numpy()))
-        if not step:
-            cases.append(_case(layout, inputs, {layout.logits: want}, lengths))
+        cases.append(_case(layout, inputs, {layout.logits: want}, lengths))
         caches = {name: outputs[present] for name, present in steps.states.items()}
         mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
         positions = (lengths + step)[:, None]
-        tokens = ids.gather(1, positions.clamp(max=ids.shape[1] - 1))
-    return cases, worst
+    return cases[:1], worst
 
 
 def _case(layout: CacheLayout, inputs: dict[str, Tensor], outputs: dict[str, Tensor], written: Tensor) -> Case:

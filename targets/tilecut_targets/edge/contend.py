@@ -55,34 +55,34 @@ def _artifact(path: Path, manifest: Manifest | None, threads: int) -> Callable[[
     run = plain_session(path, threads)
     if manifest is None or manifest.generation is None:
         return run
-    layout = manifest.generation
-    if manifest.encoder is not None:
-        return _encoder_decoder(path, manifest, layout.tokens, run, threads)
-    made: dict[int, Arrays] = {}
-
-    def prefill(arrays: Arrays) -> object:
-        tokens = arrays[layout.tokens]
-        # Not timed again: the same arrays come every round.
-        if id(tokens) not in made:
-            made[id(tokens)] = prefill_inputs(manifest, tokens)
-        return run(made[id(tokens)])
-
-    return prefill
-
-
-def _encoder_decoder(
-    path: Path, manifest: Manifest, tokens: str, run: Callable[[Arrays], object], threads: int
-) -> Callable[[Arrays], object]:
-    """The encoder once, and the decoder's tokens read into empty caches."""
+    if manifest.encoder is None:
+        return prefilling(manifest, run)
     apart = manifest.of_encoder
     session = open_peers.open_session(path.parent / manifest.entry["encoder"], threads)
     names = [spec.name for spec in apart.outputs]
+    return prefilling(
+        manifest,
+        run,
+        lambda arrays: dict(zip(names, session.run(names, {spec.name: arrays[spec.name] for spec in apart.inputs}))),
+    )
 
-    def both(arrays: Arrays) -> object:
-        encoded = dict(zip(names, session.run(names, {spec.name: arrays[spec.name] for spec in apart.inputs})))
-        return run(prefill_inputs(manifest, arrays[tokens], encoded=encoded))
 
-    return both
+def prefilling(
+    manifest: Manifest, run: Callable[[Arrays], object], encode: Callable[[Arrays], Arrays] | None = None
+) -> Callable[[Arrays], object]:
+    """A model with a cache as a runner of whole texts: they are read into empty caches, behind what `encode` gives."""
+    assert manifest.generation is not None
+    tokens = manifest.generation.tokens
+    made: dict[int, Arrays] = {}
+
+    def prefill(arrays: Arrays) -> object:
+        # Not timed again: the same arrays come every round.
+        if id(arrays[tokens]) not in made:
+            made[id(arrays[tokens])] = prefill_inputs(manifest, arrays[tokens])
+        empty = made[id(arrays[tokens])]
+        return run(empty if encode is None else {**empty, **encode(arrays)})
+
+    return prefill
 
 
 def plain_session(path: Path, threads: int) -> Callable[[Arrays], object]:

@@ -75,7 +75,6 @@ class _Shared:
             self.halves[table, interleaved] = self.graph.add_tensor(f"{table}_half", half)
         return self.halves[table, interleaved]
 
-
     def bias(self, attention: fx.Node) -> fx.Node | None:
         """A table of biases by distance [H, R] as what the op adds, [B, H, S, places]; None where there is none."""
         a = arguments(attention)

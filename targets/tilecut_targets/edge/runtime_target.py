@@ -20,12 +20,11 @@ from tilecut_passes.run_passes import Pass, run_passes
 from tilecut_passes.search import Lattice
 from tilecut_runtime.errors import ConfigError
 from tilecut_runtime.manifest import Manifest, Rung
-from tilecut_runtime.prefill_inputs import prefill_inputs
 from tilecut_runtime.reference import Arrays, Case, decoding_rung
 from tilecut_runtime.session import RUNTIMES, Session
 from tilecut_runtime.timing import PRUNED
 from tilecut_targets.cost_model import CostModel
-from tilecut_targets.edge.contend import DENSE, EXPORTED
+from tilecut_targets.edge.contend import DENSE, EXPORTED, prefilling
 from tilecut_targets.edge.describe_emission import describe_emission
 from tilecut_targets.edge.measure_layers import measure_layers
 from tilecut_targets.target import Contenders, Target, Written, count_attentions
@@ -116,10 +115,7 @@ class RuntimeTarget(Target):
         # Attention stays as the model spells it.
         run_passes(exported, [UnpackAttention()])
         pruned = self.open_model(folder / manifest.entry["model"], threads)
-        runners = {PRUNED: pruned}
-        if (layout := manifest.generation) is not None:
-            # It reads the texts into empty caches.
-            runners[PRUNED] = lambda arrays: pruned(prefill_inputs(manifest, arrays[layout.tokens]))
+        runners = {PRUNED: pruned if manifest.generation is None else prefilling(manifest, pruned)}
         for name, graph in ((DENSE, fused), (EXPORTED, exported)):
             place = scratch / str(len(runners))
             place.mkdir()

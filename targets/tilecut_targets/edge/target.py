@@ -77,8 +77,8 @@ class EdgeTarget(Target):
         return (PadHeads(),)
 
     def caching(self, max_length: int | None = None) -> tuple[Pass, ...]:
-        """A cache for GroupQueryAttention, heads of its widths."""
-        return (*self.before_caching, AddCache(max_length))
+        """A cache for GroupQueryAttention."""
+        return (AddCache(max_length),)
 
     @property
     def forms(self) -> Forms:
