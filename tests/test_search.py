@@ -140,3 +140,71 @@ def test_layers_that_are_all_but_alike_are_no_puzzle():
         groups, [[g.name] for g in groups], curves, sizes_of(groups, Lattice({})), [limit(budget, per_unit)]
     )
     assert 0.999 * budget <= sum(per_unit[n] * k for n, k in sizes.items()) <= budget
+
+
+def chain(count, size, seed=0):
+    """Layers without residuals: every two neighbours share a product. Sizes in blocks of an eighth."""
+    noise = random.Random(seed)
+    groups = [group(f"g{i}", "neurons", size) for i in range(count)]
+    curves = {}
+    for g in groups:
+        scores = sorted(noise.random() ** 3 for _ in range(size))
+        curves[g.name] = [sum(scores[: size - k]) for k in range(size + 1)]
+
+    def cost(names, sizes):
+        assert list(names) == [g.name for g in groups]
+        widths = [size, *(sizes[n] for n in names), size]
+        return sum(a * b for a, b in itertools.pairwise(widths))
+
+    return groups, curves, sizes_of(groups, Lattice({"neurons": size // 8})), cost
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_way_down_a_chain_is_nearly_the_best_of_all(monkeypatch, share, seed):
+    groups, curves, sizes, cost = chain(4, 16, seed)
+    names = [g.name for g in groups]
+    budget = share * cost(names, dict.fromkeys(names, 16))
+    every = [dict(zip(names, chosen)) for chosen in itertools.product(*(sizes[n] for n in names))]
+    loss = lambda one: sum(curves[n][k] for n, k in one.items())
+    best = min(loss(one) for one in every if cost(names, one) <= budget)
+    assert loss(search(groups, [names], curves, sizes, [Limit("MACs", budget, cost)])) == pytest.approx(best, rel=1e-4)
+    monkeypatch.setattr("tilecut_passes.search.MOST_OPTIONS", 100)
+    found = search(groups, [names], curves, sizes, [Limit("MACs", budget, cost)])
+    assert cost(names, found) <= budget
+    assert best - 1e-4 <= loss(found) <= 1.2 * best
+
+
+def test_a_chain_of_many_layers_is_searched_and_its_smallest_model_named():
+    groups, curves, sizes, cost = chain(30, 1024)
+    names = [g.name for g in groups]
+    whole = cost(names, dict.fromkeys(names, 1024))
+    found = search(groups, [names], curves, sizes, [Limit("MACs", whole // 2, cost)])
+    assert 0.45 * whole < cost(names, found) <= whole // 2
+    assert all(found[n] in sizes[n] for n in names)
+    least = cost(names, dict.fromkeys(names, 128))
+    assert search(groups, [names], curves, sizes, [Limit("MACs", least, cost)]) == dict.fromkeys(names, 128)
+    with pytest.raises(ConfigError, match=f"the smallest legal one has {least:,}"):
+        search(groups, [names], curves, sizes, [Limit("MACs", least - 1, cost)])
+
+
+def test_on_the_way_down_a_removed_branch_takes_what_is_in_it_along(monkeypatch):
+    monkeypatch.setattr("tilecut_passes.search.MOST_OPTIONS", 3)
+    groups = [group("branch", "layers", 1), group("inside", "neurons", 8), group("other", "neurons", 8)]
+    # The branch is worth nothing, what is in it would be worth much.
+    curves = {"branch": [0.0, 0.0], "other": [8.0 - k for k in range(9)]}
+    curves["inside"] = [80.0 - 10 * k for k in range(9)]
+    sizes = {"branch": [0, 1], "inside": [2, 4, 8], "other": [2, 4, 6, 8]}
+    cost = lambda names, at: at["branch"] * at["inside"] + at["other"]
+    within = {"branch": ["inside"]}
+    found = search(groups, [["branch", "inside", "other"]], curves, sizes, [Limit("MACs", 8, cost)], within=within)
+    assert found == {"branch": 0, "inside": 2, "other": 8}
+
+
+def test_on_the_way_down_groups_stay_alike(monkeypatch):
+    monkeypatch.setattr("tilecut_passes.search.MOST_OPTIONS", 3)
+    groups, curves, sizes, cost = chain(4, 16)
+    names = [g.name for g in groups]
+    found = search(groups, [names], curves, sizes, [Limit("MACs", 600, cost)], alike=[["g0", "g3"]])
+    assert found["g0"] == found["g3"]
+    assert cost(names, found) <= 600

@@ -3,13 +3,19 @@
 Every group (or set of groups that share a contraction) offers options: a legal size for each, what it costs, and what
 is lost. Widths fixed, costs and losses add up over the sets, so the choice is a multiple-choice knapsack, solved
 exactly by `scipy.optimize.milp`. Shapes are never rounded afterwards: the lattice is the search space.
+
+A long chain of layers without residuals is one set with more options than can be listed. It offers those on one way down
+from all its units to the fewest, each step the one that loses least for what it saves; afterwards units are exchanged
+between two of its groups as long as that loses less.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -66,6 +72,8 @@ class Lattice:
 
 # Of the losses that the solver's answer may exceed the best one by, and branches that it looks at.
 OPTIMALITY_GAP, MOST_NODES = 1e-3, 200
+# Options of a set that are all listed, and sizes of a group on the way down of a set that has more.
+MOST_OPTIONS, MOST_STEPS = 200_000, 64
 
 Cost = Callable[[Sequence[str], Mapping[str, int]], float]
 
@@ -81,6 +89,10 @@ class Limit:
     limit: float
     cost: Cost
     rest: float = 0.0
+
+    def of(self, sets: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> float:
+        """What several sets take of it."""
+        return sum(self.cost(names, sizes) for names in sets)
 
 
 def search(
@@ -111,17 +123,32 @@ def search(
         return {}
     together = joined(sets, alike)
     inside = within or {}
-    options = [_without_choice_in_removed(_options(names, sizes, alike), sizes, inside) for names in together]
-    losses = [[lost(curves, one, inside) for one in offered] for offered in options]
     # A joined set is priced set by set: its costs add up.
     parts = [[names for names in sets if set(names) <= set(one)] for one in together]
+    options, long = [], []
+    for i, names in enumerate(together):
+        choices = _choices(names, sizes, alike)
+        if math.prod(len(offered) for offered in choices.values()) <= MOST_OPTIONS:
+            options.append(_without_choice_in_removed(_every_option(choices), sizes, inside))
+        else:
+            long.append(i)
+            options.append(_way_down(choices, parts[i], curves, sizes, limits, inside))
+    losses = [[lost(curves, one, inside) for one in offered] for offered in options]
     costs = [
-        [[sum(limit.cost(names, one) for names in within) for one in offered] for within, offered in zip(parts, options)]
-        for limit in limits
+        [[limit.of(within, one) for one in offered] for within, offered in zip(parts, options)] for limit in limits
     ]
     _check_fits(limits, [limit.rest + sum(min(row) for row in rows) for limit, rows in zip(limits, costs)])
     chosen = _knapsack(losses, costs, [limit.limit - limit.rest for limit in limits])
-    found = {name: n for offered, i in zip(options, chosen) for name, n in offered[i].items()}
+    taken = [options[i][k] for i, k in enumerate(chosen)]
+    room = [
+        limit.limit - limit.rest - sum(rows[i][k] for i, k in enumerate(chosen)) for limit, rows in zip(limits, costs)
+    ]
+    for i in long:
+        spent = [rows[i][chosen[i]] for rows in costs]
+        within_set = [replace(limit, limit=left + own) for limit, left, own in zip(limits, room, spent)]
+        taken[i] = _exchange(taken[i], _choices(together[i], sizes, alike), parts[i], curves, within_set, inside)
+        room = [own.limit - own.of(parts[i], taken[i]) for own in within_set]
+    found = {name: n for one in taken for name, n in one.items()}
     return {group.name: found[group.name] for group in groups}
 
 
@@ -174,14 +201,14 @@ def joined(sets: Sequence[Sequence[str]], alike: Sequence[Sequence[str]]) -> lis
     return out
 
 
-def _options(
+def _choices(
     names: Sequence[str], sizes: Mapping[str, Sequence[int]], alike: Sequence[Sequence[str]]
-) -> list[dict[str, int]]:
-    """Every choice of sizes for the named groups; groups that must be alike choose together."""
-    classes = [[n for n in one if n in set(names)] for one in alike]
+) -> dict[tuple[str, ...], list[int]]:
+    """The legal sizes of the named groups, ascending; groups that must be alike choose together."""
+    classes = [tuple(n for n in one if n in set(names)) for one in alike]
     classes = [one for one in classes if one]
-    classes += [[n] for n in names if not any(n in one for one in classes)]
-    offered = []
+    classes += [(n,) for n in names if not any(n in one for one in classes)]
+    offered = {}
     for one in classes:
         common = [n for n in sizes[one[0]] if all(n in sizes[other] for other in one)]
         if not common:
@@ -190,10 +217,95 @@ def _options(
                 f"{one[0]} and {len(one) - 1} more must have equally many units, and no size is legal for all",
                 fix="relax min_units and max_units, or leave uniform out",
             )
-        offered.append(common)
+        offered[one] = common
+    return offered
+
+
+def _every_option(choices: Mapping[tuple[str, ...], Sequence[int]]) -> list[dict[str, int]]:
+    """Every choice of sizes."""
     return [
-        {name: n for one, n in zip(classes, chosen) for name in one} for chosen in itertools.product(*offered)
+        {name: n for one, n in zip(choices, chosen) for name in one} for chosen in itertools.product(*choices.values())
     ]
+
+
+def _way_down(
+    choices: Mapping[tuple[str, ...], Sequence[int]],
+    sets: Sequence[Sequence[str]],
+    curves: Mapping[str, Sequence[float]],
+    sizes: Mapping[str, Sequence[int]],
+    limits: Sequence[Limit],
+    within: Mapping[str, Sequence[str]],
+) -> list[dict[str, int]]:
+    """From the largest sizes to the smallest: what loses least for its share of the limits goes first."""
+    left = {one: list(reversed(_thinned(offered)))[1:] for one, offered in choices.items()}
+    now = {name: offered[-1] for one, offered in choices.items() for name in one}
+
+    def share(option: Mapping[str, int]) -> float:
+        return sum(limit.of(sets, option) / max(limit.limit, 1e-300) for limit in limits)
+
+    taken, loss, found = share(now), lost(curves, now, within), [now]
+    while left := {one: smaller for one, smaller in left.items() if smaller}:
+        best: tuple[float, float, float, dict[str, int]] | None = None
+        for one, smaller in left.items():
+            option = {**now, **dict.fromkeys(one, smaller[0])}
+            gone = {n for layer in one if option[layer] == 0 for n in within.get(layer, ()) if n in option}
+            option |= {name: sizes[name][0] for name in gone}
+            its_share, its_loss = share(option), lost(curves, option, within)
+            price = (its_loss - loss) / max(taken - its_share, 1e-300)
+            if best is None or price < best[0]:
+                best = price, its_share, its_loss, option
+        assert best is not None
+        _, taken, loss, now = best
+        found.append(now)
+        left = {one: [n for n in smaller if n < now[one[0]]] for one, smaller in left.items()}
+    return found
+
+
+def _exchange(
+    option: dict[str, int],
+    choices: Mapping[tuple[str, ...], Sequence[int]],
+    sets: Sequence[Sequence[str]],
+    curves: Mapping[str, Sequence[float]],
+    limits: Sequence[Limit],
+    within: Mapping[str, Sequence[str]],
+) -> dict[str, int]:
+    """One group grows and another shrinks for it, the pair that gains most, as long as the limits on this set hold."""
+    steps = {one: _thinned(offered) for one, offered in choices.items() if not set(one) & within.keys()}
+
+    def fits(one: Mapping[str, int]) -> bool:
+        return all(limit.of(sets, one) <= limit.limit for limit in limits)
+
+    def resized(one: dict[str, int], names: tuple[str, ...], size: int) -> dict[str, int]:
+        return {**one, **dict.fromkeys(names, size)}
+
+    def shrunk(grown: dict[str, int], kept: tuple[str, ...]) -> Iterator[dict[str, int]]:
+        """Ways to bring it within the limits by one other group, or none."""
+        if fits(grown):
+            yield grown
+            return
+        for names in (one for one in steps if one != kept):
+            # The largest first; costs fall with sizes.
+            smaller = [resized(grown, names, n) for n in reversed(steps[names]) if n < grown[names[0]]]
+            yield from smaller[bisect.bisect_left(smaller, True, key=fits) :][:1]
+
+    while True:
+        least, best = lost(curves, option, within), None
+        for one, offered in steps.items():
+            larger = [n for n in offered if n > option[one[0]]]
+            # The next one, the second, the fourth, ..
+            for size in (larger[(1 << i) - 1] for i in range(len(larger).bit_length())):
+                for other in shrunk(resized(option, one, size), one):
+                    if (loss := lost(curves, other, within)) < least - 1e-9 * abs(least):
+                        least, best = loss, other
+        if best is None:
+            return option
+        option = best
+
+
+def _thinned(sizes: Sequence[int]) -> list[int]:
+    """At most about MOST_STEPS of ascending sizes, the first and the last included."""
+    step = -(-len(sizes) // MOST_STEPS)
+    return sorted({*sizes[::step], sizes[-1]})
 
 
 def _knapsack(
