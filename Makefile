@@ -8,7 +8,7 @@ PY := $(ENV)/bin/python
 export HF_HUB_OFFLINE := 1
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-all test-wheel toolchain ecosystem lint types bench bench-edge bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen bench-run-many bench-generation models clean
+.PHONY: demo test test-all test-wheel toolchain ecosystem lint types bench bench-edge bench-pruning bench-recipes bench-latency bench-language bench-memory bench-attention bench-varlen bench-run-many bench-generation bench-huge-pages models clean
 
 demo: $(ENV)/.demo  ## prune the real model for the edge target and show what came of it
 	$(PY) benchmarks/demo.py
@@ -83,6 +83,9 @@ bench-run-many: $(ENV)/.bench  ## Session.run_many beside one padded batch; on t
 bench-generation: $(ENV)/.bench  ## decoding beside onnxruntime-genai, and perplexity through a cache; on the CPU
 	$(PY) benchmarks/bench_generation.py --genai build/genai
 	$(PY) benchmarks/bench_generated_text.py
+
+bench-huge-pages: $(ENV)/.bench  ## one artifact with and without huge pages; on Linux
+	$(PY) benchmarks/bench_huge_pages.py
 
 models: $(ENV)/.dev  ## README's table of models
 	PYTHONPATH=tests $(PY) tests/write_models_table.py

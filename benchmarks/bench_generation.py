@@ -6,7 +6,8 @@ A random model of LLaMA's make: 8 layers, 512 wide, 8 heads on 2 KV groups, 3200
 multiplications, those of the words' layer included: the residual stream is narrowed too. A round lets every contender
 read a prompt of so many tokens and decode a few behind it; a contender's figure is the median over rounds of its median
 step, in CPU time. All but torch run in a process of their own. Everything is opened anew several times: where a
-session's weights come to lie in memory moves a step by some percent, for as long as it is open.
+session's weights come to lie in memory moves a step by some percent, for as long as it is open. A `Session` asks Linux for
+huge pages, which genai does not; it runs once more with a C library that is told to.
 onnxruntime-genai is installed from PyPI into an environment of its own in FOLDER, which reads torch and transformers from
 this one; without --genai it is left out. --tiny is for trying the script out.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -26,9 +28,10 @@ import tempfile
 import time
 import venv
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -44,6 +47,8 @@ from tilecut.describe_machine import machine
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "generation.json"
 STEPS = 16
+# Every allocation of glibc asks for huge pages: https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # Tokens of a prompt, steps -> CPU milliseconds of the prompt and of a step.
 Contender = Callable[[int, int], tuple[float, float]]
 Opener = Callable[[], Contender]
@@ -106,9 +111,11 @@ def torch_contender(model: Any) -> Contender:
 class Worker:
     """A contender in a process of its own: `decode_worker.py` or `genai_worker.py`."""
 
-    def __init__(self, *command: str | Path):
+    def __init__(self, *command: str | Path, environment: Mapping[str, str] = MappingProxyType({})):
         said = [str(part) for part in command]
-        self.process = subprocess.Popen(said, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            said, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
         self.why = self._line()
 
     def __del__(self) -> None:
@@ -168,6 +175,7 @@ def find_contenders(scratch: Path, genai: Path | None, tiny: bool) -> tuple[dict
                 continue
         if made.why == "ready":
             found[name] = opener
+            found[f"{name}, huge pages"] = partial(opener, environment=HUGE_PAGES)
         else:
             missing[name] = made.why
     return found, missing

@@ -1,8 +1,8 @@
 """`load` an artifact and run it: numpy (or DLPack) in, numpy out, by name; or generate, token ids or texts in and out.
 
 `load` reads the manifest, checks the hashes of the files it is about to use and opens the session that the manifest's
-`runtime` names. Inputs are checked against the manifest before the runtime sees them, so that a wrong name, dtype,
-rank or size gives one error that says which.
+`runtime` names, in huge pages where Linux has them. Inputs are checked against the manifest before the runtime sees them,
+so that a wrong name, dtype, rank or size gives one error that says which.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from tilecut_runtime.errors import ArtifactError, InputError, first_line
 from tilecut_runtime.generate import Generated, Step, generate, request_of, steps_of
+from tilecut_runtime.huge_pages import in_huge_pages
 from tilecut_runtime.manifest import DimRange, Manifest, TensorSpec
 from tilecut_runtime.onnx_decoder import OnnxDecoder
 from tilecut_runtime.openvino_decoder import OpenVinoDecoder
@@ -223,7 +224,8 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
         raise ArtifactError(
             str(folder), "unknown runtime in the manifest", got=manifest.runtime, wanted=" or ".join(RUNTIMES)
         )
-    return RUNTIMES[manifest.runtime](folder, manifest, device, threads)
+    with in_huge_pages():
+        return RUNTIMES[manifest.runtime](folder, manifest, device, threads)
 
 
 def check_inputs(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from tilecut_runtime.errors import TilecutError
+from tilecut_runtime.huge_pages import in_huge_pages
 from tilecut_runtime.manifest import Manifest
 from tilecut_runtime.reference import Arrays
 from tilecut_runtime.session import Session, load, onnx_runner
@@ -53,7 +54,8 @@ def open_artifact(folder: Path, device: str | None, threads: int) -> Callable[[A
     """An artifact as `load` opens it, but that onnxruntime's threads rest between runs, as those of its peers do."""
     manifest = Manifest.read(folder)
     if manifest.runtime == "onnxruntime" and device in (None, "cpu"):
-        return Session(folder, manifest, onnx_runner(folder, manifest, "model", threads, rest=True), "cpu").run
+        with in_huge_pages():
+            return Session(folder, manifest, onnx_runner(folder, manifest, "model", threads, rest=True), "cpu").run
     return load(folder, device, threads).run
 
 
