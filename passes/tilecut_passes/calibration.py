@@ -1,8 +1,8 @@
 """Calibration batches as the passes see them: tensors by input name, labels apart, padded positions known.
 
 A batch is a dict of tensors named like the graph's inputs; `labels` (or `label`), when there, are taken out of it and
-aligned with the output (`align_labels.py`). Positions that `attention_mask` (see `Batch.mask`) marks 0 are padding: they
-neither count in a loss nor in a least-squares fit. Integers are cast to the input's own type; other names are left out.
+aligned with the output (`align_labels.py`). Positions that `attention_mask` (see `Batch.mask`) marks as padding neither
+count in a loss nor in a least-squares fit. Integers are cast to the input's own type; other names are left out.
 """
 
 from __future__ import annotations
@@ -22,15 +22,25 @@ from tilecut_runtime.errors import CalibrationError
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: `inputs` by name, `labels` or None."""
+    """One batch: `inputs` by name, `labels` or None; `hiding` names the masks in which what is not 0 is padding."""
 
     inputs: dict[str, Tensor]
     labels: Tensor | None = None
+    hiding: tuple[str, ...] = ()
 
     @property
     def mask(self) -> Tensor | None:
-        """The input that marks padding with 0: `attention_mask`, else the only one of rank 2 with "mask" in its name."""
-        named = {k: v for k, v in self.inputs.items() if "mask" in k and v.ndim == 2 and not v.is_floating_point()}
+        """What is real, 0 at padding: of `attention_mask`, else of the only input of rank 2 that is a mask by its name, or
+        that hides."""
+        named = {
+            k: v == 0 if k in self.hiding else v
+            for k, v in self.inputs.items()
+            if v.ndim == 2
+            and not v.is_floating_point()
+            and ("mask" in k or k in self.hiding)
+            # Not of positions on positions [S, S].
+            and any(t.ndim and t.shape[0] == v.shape[0] for other, t in self.inputs.items() if other != k)
+        }
         return named.get("attention_mask", next(iter(named.values())) if len(named) == 1 else None)
 
     @property
@@ -151,7 +161,7 @@ def check_batches(graph: Graph, batches: Iterable[Mapping[str, Any]]) -> list[Ba
                 )
         if any(t.is_floating_point() and not t.isfinite().all() for t in inputs.values()):
             raise CalibrationError(where, "an input holds NaN or infinity")
-        batch = Batch(inputs, _labels(graph, labels, inputs, sizes, where))
+        batch = Batch(inputs, _labels(graph, labels, inputs, sizes, where), graph.hiding)
         if batch.mask is not None and not batch.mask.any():
             raise CalibrationError(where, "every position is padding")
         out.append(batch)

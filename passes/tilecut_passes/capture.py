@@ -29,6 +29,7 @@ from tilecut_passes.example_inputs import (
     inputs_from_config,
 )
 from tilecut_passes.export_model import export_model
+from tilecut_passes.find_hiding import find_hiding
 from tilecut_passes.flat_forward import flat_forward, states
 from tilecut_passes.graph import Graph, size_of, sizes_of, symbols_of
 from tilecut_passes.run_passes import run_passes
@@ -61,7 +62,7 @@ def capture(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Dynami
     # torch.export takes one tensor given twice for one input.
     example.tensors = {k: v.to(device, copy=True) for k, v in example.tensors.items()}
     names = [*example.tensors, *example.constants]
-    with _eval_mode(model), flat_forward(model, example.nested, names):
+    with _eval_mode(model), _masks_as_given(), flat_forward(model, example.nested, names):
         program, notes = export_model(model, example.tensors, example.constants, example.dynamic, example.limits)
     graph = _to_graph(model, program, example)
     graph.notes += [*example.notes, *notes, *_fixed(graph, example)]
@@ -70,6 +71,7 @@ def capture(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Dynami
     if tied:
         graph.propagate()
         run_passes(graph, [Canonicalize()])
+    graph.hiding = find_hiding(graph)
     return graph
 
 
@@ -83,6 +85,18 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def _masks_as_given() -> Iterator[None]:
+    """torch's transformer layers look into a mask, whether it is causal, for a hint to themselves; a trace has no numbers."""
+    layers = torch.nn.modules.transformer
+    kept = layers._detect_is_causal_mask
+    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        layers._detect_is_causal_mask = kept
 
 
 def _to_graph(model: nn.Module, program: ExportedProgram, example: ExampleInputs) -> Graph:

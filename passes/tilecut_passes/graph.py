@@ -53,6 +53,7 @@ class Graph:
     inputs that hold a key-value cache, each with the output that continues it: their heads are cut with the model.
     `store` says where new tensors go, for models larger than memory (`disk_tensor.py`); None keeps them as they are.
     A size whose range is one number is static in the specs. `example_sizes` are those of the caller's example inputs.
+    `hiding` are the masks in which what is not 0 hides a position (`find_hiding.py`).
     `rotated` are the groups of hidden width whose channels are not the caller's (`rotate_hidden.py`).
     """
 
@@ -69,6 +70,7 @@ class Graph:
     store: Callable[[Tensor], Tensor] | None = None
     example_sizes: dict[str, int] = field(default_factory=dict)
     rotated: tuple[str, ...] = ()
+    hiding: tuple[str, ...] = ()
 
     @property
     def fx(self) -> fx.Graph:
@@ -158,6 +160,7 @@ class Graph:
             self.store,
             dict(self.example_sizes),
             self.rotated,
+            self.hiding,
         )
 
     def in_double(self) -> Graph:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import sympy
 
+from tilecut_passes.find_hiding import find_hiding
 from tilecut_passes.flat_forward import states
 from tilecut_passes.graph import Graph, size_of
 from tilecut_passes.unlift_program import unlift_program
@@ -44,4 +45,5 @@ def read_graph(program: Path, weights: Path, manifest: Manifest) -> Graph:
     )
     if len(inputs) != len(placeholders) or graph.input_specs() != manifest.inputs:
         raise ArtifactError(str(program), "the program has other inputs than the manifest says", fix="compile it again")
+    graph.hiding = find_hiding(graph)
     return graph

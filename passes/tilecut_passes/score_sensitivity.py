@@ -18,6 +18,7 @@ is a second copy of a unit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -71,7 +72,10 @@ def pick_rows(graph: Graph, batches: Sequence[Batch]) -> list[Batch]:
     if len(leading) > 1 or not leading <= graph.row_sizes():
         return chosen
     return [
-        Batch({k: v[:ROWS] for k, v in b.inputs.items()}, None if b.labels is None else b.labels[:ROWS]) for b in chosen
+        replace(
+            b, inputs={k: v[:ROWS] for k, v in b.inputs.items()}, labels=None if b.labels is None else b.labels[:ROWS]
+        )
+        for b in chosen
     ]
 
 

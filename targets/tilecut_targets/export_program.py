@@ -18,7 +18,7 @@ from tilecut_runtime.manifest import DimRange
 def example_inputs(graph: Graph, sizes: dict[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs for the graph at given dynamic sizes (each defaults to a small prime of its own, within its range).
 
-    Integers are 0 or 1, which every embedding and mask accepts; masks are ones.
+    Integers are 0 or 1, which every embedding and mask accepts; masks hide nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     primes = dict(zip(graph.dims.values(), (2, 7, 11, 5, 13, 3, 17)))
@@ -29,6 +29,8 @@ def example_inputs(graph: Graph, sizes: dict[str, int] | None = None, seed: int 
         dtype = getattr(torch, spec.dtype)
         if dtype.is_floating_point:
             out[spec.name] = torch.randn(shape, generator=generator).to(dtype)
+        elif spec.name in graph.hiding:
+            out[spec.name] = torch.zeros(shape, dtype=dtype)
         elif "mask" in spec.name:
             out[spec.name] = torch.ones(shape, dtype=dtype)
         else:

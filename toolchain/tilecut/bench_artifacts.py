@@ -85,7 +85,7 @@ class Subject:
         from tilecut.make_cases import make_case
 
         given = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        return make_case(given, self.graph.run(given))
+        return make_case(given, self.graph.run(given), self.graph.hiding)
 
 
 @dataclass

@@ -19,6 +19,6 @@ def check_lowered(pruned: Graph, lowered: Graph, batches: Sequence[Batch], toler
     worst = 0.0
     for batch in batches[:BATCHES]:
         inputs = {name: batch.inputs[name] for name in pruned.inputs}
-        case = make_case(inputs, pruned.run(inputs))
+        case = make_case(inputs, pruned.run(inputs), pruned.hiding)
         worst = max(worst, case.error({k: v.numpy() for k, v in lowered.run(inputs).items()}))
     return rung("16 bits on real data", worst, tolerance, "the lowered program in torch, on held-out calibration data")

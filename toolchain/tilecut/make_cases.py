@@ -11,6 +11,7 @@ from tilecut.find_lengths import find_lengths
 from tilecut.make_bounds import find_bounds
 from tilecut_passes.calibration import Batch
 from tilecut_passes.example_inputs import PAST_SEQUENCE
+from tilecut_passes.find_hiding import may_mask
 from tilecut_passes.graph import Graph, is_call, number_of, size_at, source, symbols_of, value_of
 from tilecut_runtime.reference import Case
 
@@ -22,7 +23,8 @@ def make_inputs(
     graph: Graph, batch: int, length: int, seed: int, ragged: bool = True, whole: bool = True
 ) -> dict[str, Tensor]:
     """Random inputs: ids from the embedding that reads them, masks right-padded to random lengths (the first row `whole`).
-    Lengths are such numbers; with 0 a row would see no key, and what comes out then is no one's to say.
+    Bools [B, S] are taken for masks, whatever their name; those [S, S] are causal. Lengths are such numbers; with 0 a row
+    would see no key, and what comes out then is no one's to say.
 
     Every dynamic size that is not the first of its inputs is `length`, within its own range; with a cache, `length` is
     the past and the present together. Bounds of packed sequences divide their tokens among `batch` of them, or more.
@@ -51,10 +53,11 @@ def make_inputs(
             out[name] = bounds[name].make(shape[0], at, generator).to(dtype)
         elif dtype.is_floating_point:
             out[name] = torch.randn(shape, generator=generator).to(dtype)
-        elif "mask" in name and len(shape) == 2:
-            lengths = _ragged(shape[0], shape[1], generator, whole)
-            mask = torch.arange(shape[1])[None] < lengths[:, None] if ragged else torch.ones(shape, dtype=torch.bool)
-            out[name] = mask.to(dtype)
+        elif may_mask(name, len(shape), dtype):
+            square = spec.shape[0] == spec.shape[1]
+            lengths = torch.arange(1, shape[0] + 1) if square else _ragged(shape[0], shape[1], generator, whole)
+            real = torch.arange(shape[1])[None] < lengths[:, None] if ragged else torch.ones(shape, dtype=torch.bool)
+            out[name] = (~real if name in graph.hiding else real).to(dtype)
         elif name in places:
             most = number_of(places[name], at)
             out[name] = (_ragged(shape[0], most, generator, whole) if ragged else torch.full(shape, most)).to(dtype)
@@ -84,17 +87,17 @@ def make_cases(graph: Graph, seed: int = 0, sizes: Sequence[tuple[int, int]] = S
         shapes = tuple(tuple(t.shape) for t in inputs.values())
         if shapes not in seen:
             seen.add(shapes)
-            cases.append(make_case(inputs, graph.run(inputs)))
+            cases.append(make_case(inputs, graph.run(inputs), graph.hiding))
     if len(cases) == 1:
         # Of static sizes: a single row would never be padded.
         inputs = make_inputs(graph, *sizes[0], seed + len(sizes), whole=False)
-        cases.append(make_case(inputs, graph.run(inputs)))
+        cases.append(make_case(inputs, graph.run(inputs), graph.hiding))
     return cases
 
 
-def make_case(inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Case:
-    """A case from torch tensors; padded positions of an output do not count."""
-    batch = Batch(inputs)
+def make_case(inputs: dict[str, Tensor], outputs: dict[str, Tensor], hiding: tuple[str, ...] = ()) -> Case:
+    """A case from torch tensors; padded positions of an output do not count (`hiding`: see `Batch`)."""
+    batch = Batch(inputs, hiding=hiding)
     valid = {}
     for name, value in outputs.items():
         mask = batch.valid(value)

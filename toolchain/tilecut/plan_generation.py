@@ -58,6 +58,13 @@ def plan_generation(fused: Graph, target: Target, model: nn.Module, max_length: 
     Raises:
         LoweringError: the model is no decoder that a cache can stand for.
     """
+    if fused.hiding:
+        raise LoweringError(
+            "generate",
+            f"in the mask {fused.hiding[0]} what is not 0 hides a token",
+            wanted="a mask of real tokens, or none",
+            fix="leave it out of the example inputs, or wrap the model and negate it",
+        )
     whole = fused.copy()
     records = run_passes(whole, target.before_caching)
     encoder, steps = split_encoder(whole) or (None, whole)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +268,14 @@ def rows_dealt(graph: Graph, batch: Batch, count: int) -> list[Batch]:
         return [batch]
     hands = [slice(i, None, count) for i in range(count)]
     labels = batch.labels
-    return [Batch({k: v[at] for k, v in batch.inputs.items()}, labels[at] if labels is not None else None) for at in hands]
+    return [
+        replace(
+            batch,
+            inputs={k: v[at] for k, v in batch.inputs.items()},
+            labels=labels[at] if labels is not None else None,
+        )
+        for at in hands
+    ]
 
 
 def training_batches(graph: Graph, batches: Sequence[Batch], rows: int | None) -> list[Batch]:
