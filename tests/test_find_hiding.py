@@ -7,6 +7,7 @@ from torch import nn
 
 from checks import randomise
 from tilecut import PruneConfig, compile_pruned, load
+from tilecut.batch_rows import batch_rows
 from tilecut.make_cases import make_inputs
 from tilecut_passes.calibration import Batch, check_batches
 from tilecut_passes.capture import capture
@@ -227,3 +228,14 @@ def test_a_decoder_with_such_a_mask_gets_no_cache(tmp_path):
             config=PruneConfig(sparsity=0.0),
         )  # fmt: skip
     assert not (tmp_path / "a").exists()
+
+
+def test_rows_of_tokens_get_such_a_mask_and_are_padded_with_what_hides():
+    graph = capture(Tagger().eval(), (ids(), padding()))
+    rows = [{"input_ids": list(range(5))}, {"input_ids": list(range(8))}]
+    (batch,) = batch_rows(graph, rows)
+    assert batch.inputs["padding"].tolist() == [[False] * 5 + [True] * 3, [False] * 8]
+    assert batch.positions == 13
+    given = [{**row, "padding": [True] + [False] * (len(row["input_ids"]) - 1)} for row in rows]
+    (batch,) = batch_rows(graph, given)
+    assert batch.inputs["padding"].tolist() == [[True] + [False] * 4 + [True] * 3, [True] + [False] * 7]

@@ -1,10 +1,10 @@
 """Rows of different lengths as padded batches that fit a graph.
 
 Rows are sorted by length, so that little is padding, and padded on the right, where a causal model's real positions never
-look. Padding is the tokenizer's pad id in `input_ids`, -100 in labels, 0 elsewhere. What follows from the ids is added
-where the model takes it: `attention_mask` (1 at every id of the row), `token_type_ids` (0), and, for an encoder with a
-decoder, `decoder_input_ids`: the same ids after the start token. A model without a mask cannot tell padding: its batches
-hold rows of one length.
+look. Padding is the tokenizer's pad id in `input_ids`, -100 in labels, 1 in masks that hide, 0 elsewhere. What follows from
+the ids is added where the model takes it: `attention_mask` (1 at every id of the row), masks that hide (0),
+`token_type_ids` (0), and, for an encoder with a decoder, `decoder_input_ids`: the same ids after the start token. A model
+without a mask cannot tell padding: its batches hold rows of one length.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def batch_rows(graph: Graph, rows: Sequence[Row], pad: int = 0, start: int | Non
         CalibrationError: rows that make no tensor or do not fit the graph's inputs.
     """
     specs = graph.input_specs()
-    tensors = [_complete(row, specs, pad if start is None else start, i) for i, row in enumerate(rows)]
+    tensors = [_complete(row, specs, pad if start is None else start, i, graph.hiding) for i, row in enumerate(rows)]
     longest = lambda row: max((t.shape[0] for t in row.values() if t.ndim), default=0)
     ranked = sorted(tensors, key=longest)
-    masked = any("mask" in spec.name for spec in specs)
+    masked = bool(graph.hiding) or any("mask" in spec.name for spec in specs)
     runs: Iterable[list[dict[str, Tensor]]]
     runs = [ranked] if masked else (list(run) for _, run in itertools.groupby(ranked, longest))
     size = batch_size(graph, max(map(longest, ranked), default=1))
@@ -63,7 +63,9 @@ def batch_size(graph: Graph, length: int) -> int:
     return max(1, min(BATCH_SIZE, MAX_OUTPUTS // max(numbers, 1)))
 
 
-def _complete(row: Row, specs: Sequence[TensorSpec], start: int, index: int) -> dict[str, Tensor]:
+def _complete(
+    row: Row, specs: Sequence[TensorSpec], start: int, index: int, hiding: Sequence[str]
+) -> dict[str, Tensor]:
     """A row's tensors, with what follows from its ids."""
     names = [spec.name for spec in specs]
     held = {name: _tensor(row[name], f"calibration row {index}: {name}") for name in (*names, "labels") if name in row}
@@ -76,6 +78,10 @@ def _complete(row: Row, specs: Sequence[TensorSpec], start: int, index: int) -> 
         "decoder_input_ids": lambda: torch.cat([ids.new_tensor([start]), ids[:-1]]),
         "decoder_attention_mask": lambda: torch.ones_like(held["decoder_input_ids"]),
     }
+    shapes = {spec.name: spec.shape for spec in specs}
+    for name in hiding:
+        if name not in held and shapes[name] == shapes["input_ids"]:
+            held[name] = torch.zeros_like(ids)
     for name, make in made.items():
         if name in names and name not in held:
             held[name] = make()
@@ -117,9 +123,9 @@ def _collate(
                 got=list(odd[0].shape),
                 wanted=list(dims[name]),
             )
-        filler = {"input_ids": pad, "decoder_input_ids": pad, "labels": IGNORED}.get(name, 0)
+        fillers = {"input_ids": pad, "decoder_input_ids": pad, "labels": IGNORED, **dict.fromkeys(graph.hiding, 1)}
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-        whole = torch.full((len(parts), *sizes), filler, dtype=dtype)
+        whole = torch.full((len(parts), *sizes), fillers.get(name, 0), dtype=dtype)
         for i, part in enumerate(parts):
             whole[(i, *(slice(0, n) for n in part.shape))] = part
         out[name] = whole

@@ -62,7 +62,7 @@ def why_no_text(graph: Graph, model: nn.Module) -> str | None:
     """Why the model cannot be given texts; None where it can."""
     if "input_ids" not in graph.inputs:
         return "the model takes no input_ids"
-    if other := [name for name in graph.inputs if name not in ("input_ids", *DERIVED)]:
+    if other := [name for name in graph.inputs if name not in ("input_ids", *DERIVED, *graph.hiding)]:
         return f"the model takes more than texts ({', '.join(other[:3])})"
     if tokenizer_folder(model) is None:
         return "the model has no tokenizer beside it"
