@@ -34,6 +34,7 @@ MODEL = Manifest(
     outputs=(TensorSpec("hidden", "float32", ("batch", "sequence", 32)),),
     dims={"batch": DimRange(), "sequence": DimRange(1, 512)},
     returns="tuple",
+    table_rows={"input_ids": 99},
     tolerance=2e-3,
     tools={"torch": "2.13.0"},
     created="2026-01-01T00:00:00+00:00",
@@ -43,7 +44,7 @@ MODEL = Manifest(
 
 
 # Artifacts of before a field was there have none.
-OPTIONAL = ("format", "quantize", "generation", "module", "encoder")
+OPTIONAL = ("format", "quantize", "generation", "module", "encoder", "table_rows")
 
 
 def saved(folder, held):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from checks import ROOT, emit, randomise
+from tilecut import compile_pruned
 from tilecut_passes.capture import capture
 from tilecut_runtime.errors import ArtifactError, InputError
 from tilecut_runtime.manifest import MANIFEST, Manifest, list_files
@@ -392,6 +393,21 @@ def test_numbers_that_the_model_cannot_take_are_an_input_error_and_nothing_is_lo
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
     assert session.run({"ids": np.full((2, 3), 8)})["output"].shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("target", ["edge", "edge:openvino"])
+@pytest.mark.parametrize("odd", [-1, 9])
+def test_ids_that_no_embedding_has_are_an_input_error_in_every_runtime(target, odd, tmp_path):
+    given = {"ids": torch.ones(2, 3, dtype=torch.int64)}
+    path = compile_pruned(Lookup(), target, example_inputs=given, output=tmp_path / "a", measure=False, config=None).path
+    assert Manifest.read(path).table_rows == {"ids": 9}
+    session = load(path)
+    ids = np.full((2, 3), 8)
+    assert session.run({"ids": ids})["output"].shape == (2, 3, 4)
+    ids[1, 2] = odd
+    wanted = f"input ids: an id that the model has no embedding for; got {min(odd, 8)} to {max(odd, 8)}; wanted 0 to 8"
+    with pytest.raises(InputError, match=wanted):
+        session.run({"ids": ids})
 
 
 @pytest.mark.parametrize("part", ["inputs", "outputs"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tilecut_passes.align_labels import IGNORED, align_labels, check_labels, scored_output
 from tilecut_passes.flat_forward import nested_input
-from tilecut_passes.graph import Graph, is_call, size_at, source, value_of
+from tilecut_passes.graph import Graph, size_at
 from tilecut_runtime.errors import CalibrationError
 
 
@@ -97,7 +97,7 @@ def check_batches(graph: Graph, batches: Iterable[Mapping[str, Any]]) -> list[Ba
         CalibrationError: no batch, a batch that is no mapping, lacks an input, has one of another dtype or shape, ids
             that the model has no embedding for, padding only, or labels that the output cannot be compared with.
     """
-    specs, tables = graph.input_specs(), _tables(graph)
+    specs, tables = graph.input_specs(), graph.table_rows()
     out = []
     try:
         given = iter(batches)
@@ -168,16 +168,6 @@ def check_batches(graph: Graph, batches: Iterable[Mapping[str, Any]]) -> list[Ba
     if not out:
         raise CalibrationError("calibration", "no batches", got=0, wanted="at least 1")
     return out
-
-
-def _tables(graph: Graph) -> dict[str, int]:
-    """Inputs that are looked up in an embedding, and how many rows it has."""
-    found = {}
-    for name, node in zip(graph.inputs, graph.placeholders, strict=True):
-        read = [source(u) for u in node.users if is_call(u, torch.ops.aten.embedding.default) and u.args[1] is node]
-        if read:
-            found[name] = min(int(value_of(table).shape[0]) for table in read)
-    return found
 
 
 def _labels(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from tilecut_passes.graph import Graph, is_call, size_at, sizes_of, source, value_of
+from tilecut_passes.graph import Graph, size_at, sizes_of, value_of
 from tilecut_runtime.errors import first_line
 
 # Rows and positions that are tried.
@@ -107,10 +107,7 @@ class _Trial:
             elif name.endswith(KEEPS):
                 yield name, torch.ones(shape, dtype=dtype)
             else:
-                tables = [
-                    source(u) for u in node.users if is_call(u, torch.ops.aten.embedding.default) and u.args[1] is node
-                ]
-                rows = min((int(value_of(t).shape[0]) for t in tables), default=2)
+                rows = self.graph.table_rows().get(name, 2)
                 yield (
                     name,
                     ((torch.randint(0, max(rows // 2, 1), shape, generator=generator) * 2 + seed) % rows).to(dtype),

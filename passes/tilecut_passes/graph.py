@@ -229,6 +229,15 @@ class Graph:
             self.dims[symbol] for shape in shapes if shape and shape[0] not in tied for symbol in symbols_of(shape[0])
         }
 
+    def table_rows(self) -> dict[str, int]:
+        """Inputs whose numbers are looked up in an embedding, and how many rows the smallest such one has."""
+        found = {}
+        for name, node in zip(self.inputs, self.placeholders, strict=True):
+            read = [source(u) for u in node.users if is_call(u, torch.ops.aten.embedding.default) and u.args[1] is node]
+            if read:
+                found[name] = min(int(value_of(table).shape[0]) for table in read)
+        return found
+
     def traced_at(self, symbol: sympy.Symbol) -> int:
         """The number that a symbol stood for when the model was traced."""
         sizes = (s for n in self.placeholders for s in n.meta["val"].shape if not isinstance(s, int))

@@ -79,6 +79,8 @@ class Signature:
     outputs: tuple[TensorSpec, ...]
     dims: dict[str, DimRange]
     returns: str
+    # Input -> how many rows the table has that its numbers are looked up in.
+    table_rows: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -106,6 +108,8 @@ class Manifest:
     generation: CacheLayout | None = None
     # Of the module for PyTorch, where the deployed model's is another: a model with a cache is kept without one there.
     module: Signature | None = None
+    # Input -> how many rows the table has that its numbers are looked up in: ids from 0 on, below that.
+    table_rows: dict[str, int] = field(default_factory=dict)
     # Of the encoder that runs once before the model; its outputs are inputs of the model, cross.*.
     encoder: Signature | None = None
 
@@ -123,7 +127,14 @@ class Manifest:
         return self._with(self.module)
 
     def _with(self, one: Signature) -> Manifest:
-        return replace(self, inputs=one.inputs, outputs=one.outputs, dims=one.dims, returns=one.returns)
+        return replace(
+            self,
+            inputs=one.inputs,
+            outputs=one.outputs,
+            dims=one.dims,
+            returns=one.returns,
+            table_rows=one.table_rows,
+        )
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`."""
@@ -290,7 +301,11 @@ def _parse(held: dict[str, Any]) -> Manifest:
             for size in spec.shape:
                 if isinstance(size, str) and size.isidentifier() and size not in dims:
                     raise ValueError(f"{spec.name} has a dynamic size {size} that dims lacks")
-        return Signature(inputs, outputs, dims, text(held["returns"]))
+        # Artifacts of earlier versions do not say.
+        rows = {text(name): count(n) for name, n in held.get("table_rows", {}).items()}
+        if odd := rows.keys() - {spec.name for spec in inputs}:
+            raise ValueError(f"table_rows names no input: {min(odd)}")
+        return Signature(inputs, outputs, dims, text(held["returns"]), rows)
 
     own = signature(held)
     inputs, outputs = own.inputs, own.outputs
@@ -308,6 +323,7 @@ def _parse(held: dict[str, Any]) -> Manifest:
         outputs=outputs,
         dims=own.dims,
         returns=own.returns,
+        table_rows=own.table_rows,
         tolerance=float(tolerance),
         quantize=None if held.get("quantize") is None else text(held["quantize"]),
         generation=None

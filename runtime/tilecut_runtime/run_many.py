@@ -147,7 +147,7 @@ def _row(session: Session, batch: str | None, index: int, given: Mapping[str, An
     if bare:
         given = {name: value[None] if name in ranks else value for name, value in given.items()}
     try:
-        arrays = check_inputs(given, session.inputs, session.manifest.dims)
+        arrays = check_inputs(given, session.manifest)
     except InputError as e:
         place = e.where.removeprefix("Session.run")
         raise InputError(where + place, e.problem, got=e.got, wanted=e.wanted, fix=e.fix) from e

@@ -70,7 +70,7 @@ class Session:
             InputError: a name, dtype, rank or size that does not fit the manifest, or numbers that the model cannot
                 take, such as ids beyond its vocabulary.
         """
-        arrays = check_inputs(inputs, self.inputs, self.manifest.dims)
+        arrays = check_inputs(inputs, self.manifest)
         return dict(zip((spec.name for spec in self.outputs), self._runner(arrays), strict=True))
 
     def run_many(
@@ -228,10 +228,9 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
         return RUNTIMES[manifest.runtime](folder, manifest, device, threads)
 
 
-def check_inputs(
-    inputs: Mapping[str, Any], specs: tuple[TensorSpec, ...], dims: Mapping[str, DimRange]
-) -> dict[str, np.ndarray]:
+def check_inputs(inputs: Mapping[str, Any], manifest: Manifest) -> dict[str, np.ndarray]:
     """The inputs as arrays in the manifest's order, or one InputError."""
+    specs = manifest.inputs
     if not isinstance(inputs, Mapping):
         raise InputError(
             "Session.run",
@@ -250,7 +249,18 @@ def check_inputs(
             wanted=", ".join(missing) + " as well",
         )
     sizes: dict[str, tuple[int, str]] = {}
-    return {spec.name: _check_one(spec, inputs[spec.name], dims, sizes) for spec in specs}
+    arrays = {spec.name: _check_one(spec, inputs[spec.name], manifest.dims, sizes) for spec in specs}
+    for name, rows in manifest.table_rows.items():
+        ids = arrays[name]
+        # onnxruntime counts ids below 0 from the table's end, and OpenVINO takes any: neither says that they are wrong.
+        if ids.size and (ids.min() < 0 or ids.max() >= rows):
+            raise InputError(
+                f"Session.run: input {name}",
+                "an id that the model has no embedding for",
+                got=f"{ids.min()} to {ids.max()}",
+                wanted=f"0 to {rows - 1}",
+            )
+    return arrays
 
 
 def _check_one(

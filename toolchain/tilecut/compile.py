@@ -188,6 +188,7 @@ def emit(
                 quantize=target.quantize,
                 generation=layout,
                 module=None if layout is None else _signature(pruned),
+                table_rows=deployed.table_rows,
                 encoder=None if encoder is None else _signature(encoder),
                 files=list_files(folder),
             )
@@ -253,7 +254,9 @@ def _remedy(target: Target) -> str:
 
 
 def _signature(pruned: Graph) -> Signature:
-    return Signature(pruned.input_specs(), pruned.output_specs(), dict(pruned.ranges), pruned.returns)
+    return Signature(
+        pruned.input_specs(), pruned.output_specs(), dict(pruned.ranges), pruned.returns, pruned.table_rows()
+    )
 
 
 def _write_module(pruned: Graph, folder: Path) -> None:

@@ -12,7 +12,7 @@ from tilecut.make_bounds import find_bounds
 from tilecut_passes.calibration import Batch
 from tilecut_passes.example_inputs import PAST_SEQUENCE
 from tilecut_passes.find_hiding import may_mask
-from tilecut_passes.graph import Graph, is_call, number_of, size_at, source, symbols_of, value_of
+from tilecut_passes.graph import Graph, number_of, size_at, symbols_of
 from tilecut_runtime.reference import Case
 
 # (batch, length) of the cases; lengths are cut to what the model allows.
@@ -42,13 +42,11 @@ def make_inputs(
     for one in bounds.values():
         for symbol in symbols_of(one.size):
             sizes[graph.dims[symbol]] = _within(graph, graph.dims[symbol], one.count(batch, at) + 1)
-    places = find_lengths(graph)
+    places, rows_of = find_lengths(graph), graph.table_rows()
     out = {}
-    for name, node, spec in zip(graph.inputs, graph.placeholders, graph.input_specs(), strict=True):
+    for name, spec in zip(graph.inputs, graph.input_specs(), strict=True):
         shape = [size_at(s, sizes) for s in spec.shape]
         dtype = getattr(torch, spec.dtype)
-        tables = [source(u) for u in node.users if is_call(u, torch.ops.aten.embedding.default) and u.args[1] is node]
-        table_rows = min((int(value_of(t).shape[0]) for t in tables), default=2)
         if name in bounds:
             out[name] = bounds[name].make(shape[0], at, generator).to(dtype)
         elif dtype.is_floating_point:
@@ -62,7 +60,7 @@ def make_inputs(
             most = number_of(places[name], at)
             out[name] = (_ragged(shape[0], most, generator, whole) if ragged else torch.full(shape, most)).to(dtype)
         else:
-            out[name] = torch.randint(0, table_rows, shape, generator=generator).to(dtype)
+            out[name] = torch.randint(0, rows_of.get(name, 2), shape, generator=generator).to(dtype)
     return out
 
 

@@ -91,7 +91,7 @@ def signature_of(steps: Graph, layout: CacheLayout) -> Signature:
     inputs, outputs = (
         tuple(s for s in specs if s.name not in held) for specs in (steps.input_specs(), steps.output_specs())
     )
-    return Signature(inputs, outputs, dict(steps.ranges), steps.returns)
+    return Signature(inputs, outputs, dict(steps.ranges), steps.returns, steps.table_rows())
 
 
 def ids_of(model: nn.Module, what: str) -> tuple[int, ...]:
