@@ -69,3 +69,18 @@ def cuda_artifact(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def ascend_artifact(tmp_path_factory: pytest.TempPathFactory):
     return checks.compiled("ascend", tmp_path_factory.mktemp("ascend") / "artifact")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The whole command line with its error handling: arguments in, (exit code, stdout, stderr) out."""
+    from tilecut import cli
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["tilecut", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        shown = capsys.readouterr()
+        return stopped.value.code or 0, shown.out, shown.err
+
+    return call

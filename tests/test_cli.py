@@ -18,20 +18,6 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, [str(a) for a in arguments])
 
 
-@pytest.fixture
-def main(monkeypatch, capsys):
-    """The whole command with its error handling: returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["tilecut", *(str(a) for a in arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        shown = capsys.readouterr()
-        return stopped.value.code or 0, shown.out, shown.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "tiny"
@@ -66,9 +52,9 @@ def test_compile_prints_the_table_and_where_everything_is(compiled):
     assert report["config"]["sparsity"] == 0.5 and report["config"]["block"] == 16
 
 
-def test_compile_json_is_one_object(model_folder, texts, tmp_path, compiled, main):
+def test_compile_json_is_one_object(model_folder, texts, tmp_path, compiled, command):
     budget = json.loads((compiled[0] / "report.json").read_text())["parameters"]["dense"] - 20_000
-    code, out, _ = main(
+    code, out, _ = command(
         "compile",
         model_folder,
         "--output",
@@ -119,45 +105,45 @@ def test_the_knee_is_marked(explored, capsys):
     assert len(rows) == 1 and "sparsity-0.3" in rows[0]
 
 
-def test_explore_json_is_one_object(model_folder, texts, tmp_path, main):
+def test_explore_json_is_one_object(model_folder, texts, tmp_path, command):
     arguments = ["explore", model_folder, "--target", "cuda", "--output", tmp_path / "f", "--calibration", texts]
-    code, out, _ = main(*arguments, "--sparsities", "0.5", "--sequence", "16", "--method", "magnitude", "--json")
+    code, out, _ = command(*arguments, "--sparsities", "0.5", "--sequence", "16", "--method", "magnitude", "--json")
     held = json.loads(out)
     assert code == 0 and held["path"] == str(tmp_path / "f")
     assert held["report"] == json.loads((tmp_path / "f" / "explore.json").read_text())
 
 
-def test_only_the_main_process_prints(explored, monkeypatch, main, model_folder):
+def test_only_the_main_process_prints(explored, monkeypatch, command, model_folder):
     class Found:
         path, report = explored[0], json.loads((explored[0] / "explore.json").read_text())
 
     monkeypatch.setattr("tilecut.explore.explore", lambda *given, **options: Found)
-    assert "sparsity-0.3" in main("explore", model_folder)[1]
+    assert "sparsity-0.3" in command("explore", model_folder)[1]
     monkeypatch.setenv("RANK", "1")
-    assert main("explore", model_folder) == (0, "", "")
-    assert main("explore", model_folder, "--json") == (0, "", "")
+    assert command("explore", model_folder) == (0, "", "")
+    assert command("explore", model_folder, "--json") == (0, "", "")
 
 
-def test_inspect(compiled, main):
+def test_inspect(compiled, command):
     output, _ = compiled
-    code, out, _ = main("inspect", output)
+    code, out, _ = command("inspect", output)
     assert code == 0
     for word in ("input_ids", "last_hidden_state", "model.onnx", "prunable MACs", "passed"):
         assert word in out, word
-    code, out, _ = main("inspect", output, "--json")
+    code, out, _ = command("inspect", output, "--json")
     assert json.loads(out)["manifest"]["target"] == "edge"
 
 
-def test_verify_and_its_exit_codes(compiled, tmp_path, main):
+def test_verify_and_its_exit_codes(compiled, tmp_path, command):
     output, _ = compiled
-    code, out, _ = main("verify", output)
+    code, out, _ = command("verify", output)
     assert code == 0 and "artifact equals" in out and "failed" not in out
-    code, out, _ = main("verify", output, "--device", "cpu", "--json")
+    code, out, _ = command("verify", output, "--device", "cpu", "--json")
     assert code == 0 and [r["status"] for r in json.loads(out)["rungs"]] == ["passed", "passed"]
 
     broken = shutil.copytree(output, tmp_path / "broken")
     (broken / "plan.json").write_text("{}")
-    code, _, err = main("verify", broken)
+    code, _, err = command("verify", broken)
     assert code == 1 and "plan.json" in err and len(err.strip().splitlines()) == 1
 
     wrong = shutil.copytree(output, tmp_path / "wrong")
@@ -169,26 +155,26 @@ def test_verify_and_its_exit_codes(compiled, tmp_path, main):
     manifest = Manifest.read(wrong)
     manifest.files = list_files(wrong)
     manifest.write(wrong)
-    code, out, _ = main("verify", wrong)
+    code, out, _ = command("verify", wrong)
     assert code == 3 and "failed" in out
 
 
-def test_bench_times_several_side_by_side(compiled, main):
+def test_bench_times_several_side_by_side(compiled, command):
     output, _ = compiled
-    code, out, _ = main("bench", output, output, "--batch", "1,2", "--sequence", "8", "--rounds", "2", "--no-memory", "--json")
+    code, out, _ = command("bench", output, output, "--batch", "1,2", "--sequence", "8", "--rounds", "2", "--no-memory", "--json")
     rows = json.loads(out)["timings"]
     assert code == 0 and [(r["batch"], r["sequence"], r["rounds"]) for r in rows] == [(1, 8, 2)] * 2 + [(2, 8, 2)] * 2
     assert [r["contender"] for r in rows[:2]] == [f"{output} #1", f"{output} #2"]
     assert all(r["cpu_ms"] > 0 for r in rows)
-    code, out, _ = main("bench", output, "--rounds", "1", "--json")
+    code, out, _ = command("bench", output, "--rounds", "1", "--json")
     assert code == 0 and [r["contender"] for r in json.loads(out)["timings"]] == [str(output)]
-    code, out, _ = main("bench", output, "--rounds", "1", "--no-memory")
+    code, out, _ = command("bench", output, "--rounds", "1", "--no-memory")
     assert code == 0 and "CPU ms" in out
 
 
-def test_run_on_texts_and_arrays(compiled, tmp_path, main):
+def test_run_on_texts_and_arrays(compiled, tmp_path, command):
     output, _ = compiled
-    code, out, _ = main(
+    code, out, _ = command(
         "run", output, "--text", "a font", "--text", "a longer text about fonts", "--outputs", tmp_path / "o.npz"
     )
     assert code == 0 and "last_hidden_state: float32 [2, 8, 64]" in out
@@ -196,14 +182,14 @@ def test_run_on_texts_and_arrays(compiled, tmp_path, main):
         first = held["last_hidden_state"]
     assert first.shape == (2, 8, 64)
     np.savez(tmp_path / "i.npz", **{k: v.numpy() for k, v in text_batch(3, 5).items()})
-    code, out, _ = main("run", output, "--inputs", tmp_path / "i.npz", "--threads", "1", "--json")
+    code, out, _ = command("run", output, "--inputs", tmp_path / "i.npz", "--threads", "1", "--json")
     assert code == 0 and json.loads(out)["outputs"]["pooler_output"] == {"dtype": "float32", "shape": [3, 64]}
 
 
-def test_targets(main):
-    code, out, _ = main("targets")
+def test_targets(command):
+    code, out, _ = command("targets")
     assert code == 0 and all(name in out for name in ("edge", "cuda", "ascend"))
-    code, out, _ = main("targets", "--json")
+    code, out, _ = command("targets", "--json")
     assert set(json.loads(out)["targets"]) == {"edge", "cuda", "ascend"}
 
 
@@ -239,10 +225,10 @@ def test_targets(main):
         ),
     ],
 )
-def test_errors_are_one_line_and_exit_code_1(arguments, message, compiled, model_folder, tmp_path, monkeypatch, main):
+def test_errors_are_one_line_and_exit_code_1(arguments, message, compiled, model_folder, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     given = [a.format(model=model_folder, artifact=compiled[0]) for a in arguments]
-    code, out, err = main(*given)
+    code, out, err = command(*given)
     assert code == 1
     assert message in err
     assert len([line for line in err.splitlines() if "error:" in line]) == 1
@@ -250,30 +236,30 @@ def test_errors_are_one_line_and_exit_code_1(arguments, message, compiled, model
     assert not list(tmp_path.iterdir())
 
 
-def test_json_errors_are_json(main):
-    code, out, err = main("inspect", "absent", "--json")
+def test_json_errors_are_json(command):
+    code, out, err = command("inspect", "absent", "--json")
     assert code == 1 and json.loads(out)["error"]["kind"] == "ArtifactError" and "absent" in err
 
 
-def test_wrong_usage_is_exit_code_2(main):
-    assert main("compile")[0] == 2
-    assert main("fly")[0] == 2
-    assert main("bench", "x", "--rounds", "0")[0] == 2
+def test_wrong_usage_is_exit_code_2(command):
+    assert command("compile")[0] == 2
+    assert command("fly")[0] == 2
+    assert command("bench", "x", "--rounds", "0")[0] == 2
     for threads in ("0", "-1", "1025"):
-        assert main("run", "x", "--threads", threads)[0] == 2
+        assert command("run", "x", "--threads", threads)[0] == 2
 
 
-def test_help_and_version(main):
-    code, out, _ = main("--version")
+def test_help_and_version(command):
+    code, out, _ = command("--version")
     assert code == 0 and re.fullmatch(r"tilecut \d+\.\d+\.\d+\n", out)
-    for command in ("compile", "explore", "inspect", "verify", "bench", "run", "build", "tune", "targets"):
-        assert main(command, "--help")[0] == 0
-        assert command in main("--help")[1]
+    for name in ("compile", "explore", "inspect", "verify", "bench", "run", "build", "tune", "targets"):
+        assert command(name, "--help")[0] == 0
+        assert name in command("--help")[1]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 3}'])
-def test_a_damaged_report_is_one_error(content, compiled, tmp_path, main):
+def test_a_damaged_report_is_one_error(content, compiled, tmp_path, command):
     broken = shutil.copytree(compiled[0], tmp_path / "broken")
     (broken / "report.json").write_text(content)
-    code, out, err = main("inspect", broken)
+    code, out, err = command("inspect", broken)
     assert code == 1 and "report.json" in err and "Traceback" not in out + err

@@ -1,5 +1,6 @@
 """`tilecut bench`: what is timed, what is compared, what is listed instead. No time is asserted."""
 
+import functools
 import json
 import sys
 
@@ -20,17 +21,9 @@ ONNX = ("export", "ort", "onnxscript")
 
 
 @pytest.fixture
-def main(monkeypatch, capsys):
-    """The whole command with its error handling: returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["tilecut", "bench", *(str(a) for a in arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        shown = capsys.readouterr()
-        return stopped.value.code or 0, shown.out, shown.err
-
-    return call
+def main(command):
+    """`tilecut bench` with arguments."""
+    return functools.partial(command, "bench")
 
 
 @pytest.fixture(scope="module")

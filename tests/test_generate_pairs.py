@@ -177,3 +177,23 @@ def test_what_other_models_do_not_take(made, tmp_path):
         made("whisper")[0].generate(SOUND.numpy(), np.ones((4, 80), np.int64))
     with pytest.raises(ArtifactError, match="encoder"):
         Artifact(made("t5")[0].path).write_genai(tmp_path / "genai")
+
+
+def test_the_command_line_generates_from_what_an_encoder_reads(made, tmp_path, command):
+    session, _ = made("whisper")
+    want = session.generate(SOUND[:1].numpy(), max_new_tokens=6, decoder_input_ids=[[3, 8]]).tokens[0]
+    np.savez(tmp_path / "sound.npz", input_features=SOUND[:1].numpy())
+    arguments = ("run", session.path, "--decoder-input-ids", "3,8", "--max-new-tokens", 6)
+    code, printed, _ = command(*arguments, "--inputs", tmp_path / "sound.npz")
+    assert code == 0 and [int(one) for one in printed.split()] == want
+    np.savez(tmp_path / "two.npz", input_features=SOUND[:2].numpy())
+    for more, why in (
+        ((), "to generate, give either --prompt or --inputs"),
+        (("--inputs", tmp_path / "sound.npz", "--prompt", "a"), "to generate, give either --prompt or --inputs"),
+        (("--inputs", tmp_path / "two.npz"), r"input_features is not one row, which is printed as it comes"),
+        (("--inputs", tmp_path / "none.npz"), "cannot be read as .npz"),
+    ):
+        code, printed, said = command(*arguments, *more)
+        assert code == 1 and printed == "" and why in " ".join(said.split())
+    code, _, said = command("run", session.path, "--decoder-input-ids", "3,x", "--inputs", tmp_path / "sound.npz")
+    assert code == 1 and "not a comma-separated list of ids" in said

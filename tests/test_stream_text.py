@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generation_models import SIZES, talkative
-from tilecut import cli, compile_pruned, load
+from tilecut import compile_pruned, load
 from tilecut_runtime.errors import ArtifactError, InputError
 from tilecut_runtime.manifest import Manifest, list_files
 from tilecut_runtime.stream_text import StreamText
@@ -141,38 +141,24 @@ def test_a_damaged_tokenizer_is_named(artifact, tmp_path):
         load(tmp_path).generate("x")
 
 
-@pytest.fixture
-def main(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["tilecut", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as e:
-            code = e.code or 0
-        return code, *capsys.readouterr()
-
-    return call
-
-
-def test_the_command_line_streams(session, artifact, main):
+def test_the_command_line_streams(session, artifact, command):
     want = session.generate("Once", max_new_tokens=12)
-    code, printed, _ = main("run", artifact.path, "--prompt", "Once", "--max-new-tokens", 12)
+    code, printed, _ = command("run", artifact.path, "--prompt", "Once", "--max-new-tokens", 12)
     assert (code, printed) == (0, want.texts[0] + "\n")
-    code, printed, _ = main("run", artifact.path, "--prompt", "Once", "--max-new-tokens", 12, "--json")
+    code, printed, _ = command("run", artifact.path, "--prompt", "Once", "--max-new-tokens", 12, "--json")
     assert json.loads(printed) == {"text": want.texts[0], "tokens": len(want.tokens[0]), "reason": want.reasons[0]}
-    code, _, said = main("run", artifact.path, "--prompt", "Once", "--temperature", -1)
+    code, _, said = command("run", artifact.path, "--prompt", "Once", "--temperature", -1)
     assert code == 1 and "temperature does not fit" in said
-    code, _, said = main("run", artifact.path, "--prompt", "Once", "--text", "a")
-    assert code == 1 and "--prompt goes with none of" in said
+    code, _, said = command("run", artifact.path, "--prompt", "Once", "--text", "a")
+    assert code == 1 and "give either --prompt or --inputs, and none of" in " ".join(said.split())
 
 
-def test_the_command_line_compiles(model_folder, tmp_path, main):
+def test_the_command_line_compiles(model_folder, tmp_path, command):
     out = tmp_path / "made"
-    code, _, said = main(
+    code, _, said = command(
         "compile", model_folder, "--dense", "--generate", "--max-length", 40, "--no-measure", "--output", out
     )
     assert code == 0, said
     assert Manifest.read(out).generation.max_length == 40
-    code, _, said = main("compile", model_folder, "--dense", "--max-length", 40, "--no-measure", "--output", out)
+    code, _, said = command("compile", model_folder, "--dense", "--max-length", 40, "--no-measure", "--output", out)
     assert code == 1 and "give generate=True too" in said

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tilecut import __version__, cli_inputs, cli_toolchain, show
 from tilecut.cli_config import BUDGET, make_config, takes_config
-from tilecut_runtime.errors import ArtifactError, InputError, TilecutError, VerificationError
+from tilecut_runtime.errors import ArtifactError, TilecutError, VerificationError
 from tilecut_runtime.generate import Step
 from tilecut_runtime.manifest import Manifest, Rung, read_json
 from tilecut_runtime.session import MAX_THREADS, load
@@ -288,6 +288,10 @@ def run(
     prompt: Annotated[
         str | None, typer.Option(help="a text to continue; of an artifact compiled with --generate", rich_help_panel=GENERATION)
     ] = None,
+    decoder_input_ids: Annotated[
+        str | None,
+        typer.Option(help="ids a decoder begins with; --prompt or --inputs are its encoder's", rich_help_panel=GENERATION),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="at most so many", rich_help_panel=GENERATION)] = 128,
     temperature: Annotated[float, typer.Option(help="0: the most likely token", rich_help_panel=GENERATION)] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="draw from so many tokens", rich_help_panel=GENERATION)] = None,
@@ -299,14 +303,14 @@ def run(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run an artifact on arrays or texts, or let it continue a prompt."""
+    """Run an artifact on arrays or texts, or let it continue a prompt or what an encoder reads."""
     session = load(folder, device, threads)
-    if prompt is not None:
-        if inputs is not None or text or outputs is not None:
-            raise InputError("tilecut run", "--prompt goes with none of --inputs, --text, --outputs")
+    if prompt is not None or decoder_input_ids is not None:
+        start = None if decoder_input_ids is None else [cli_inputs.ids("--decoder-input-ids", decoder_input_ids)]
         steps = session.stream(
-            prompt,
+            cli_inputs.read_prompt(session, prompt, inputs, bool(text or outputs)),
             max_new_tokens=max_new_tokens,
+            decoder_input_ids=start,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -329,7 +333,8 @@ def _continue(steps: Iterator[Step], as_json: bool) -> None:
     """Print a text as it comes."""
     text, count, reason = "", 0, None
     for step in steps:
-        piece = step.texts[0] if step.texts else ""
+        # Without a tokenizer its ids.
+        piece = step.texts[0] if step.texts else f"{step.tokens[0]} "
         text, count, reason = text + piece, count + 1, step.reasons[0]
         if not as_json:
             # What was asked for, as it is: no markup, no wrapping.

@@ -26,6 +26,14 @@ def numbers(option: str, text: str, most: int | None = None) -> list[int]:
     return found
 
 
+def ids(option: str, text: str) -> list[int]:
+    """A comma-separated list of token ids."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as e:
+        raise InputError(option, "not a comma-separated list of ids", got=repr(text), wanted="e.g. 50258,50259") from e
+
+
 def fractions(option: str, text: str) -> list[float]:
     """A comma-separated list of numbers."""
     try:
@@ -144,6 +152,26 @@ def read_inputs(session: Session, path: Path | None, texts: Sequence[str] | None
         "token_type_ids": [e.type_ids for e in encoded],
     }
     return {spec.name: np.array(made[spec.name], dtype=spec.dtype) for spec in session.inputs if spec.name in made}
+
+
+def read_prompt(
+    session: Session, prompt: str | None, path: Path | None, others: bool
+) -> str | dict[str, np.ndarray]:
+    """What is continued: a text, or an encoder's inputs from an .npz file, of one row.
+
+    Raises:
+        InputError: both or neither are given, or `others` are, or the file holds several rows.
+    """
+    if (prompt is None) == (path is None) or others:
+        raise InputError("tilecut run", "to generate, give either --prompt or --inputs, and none of --text, --outputs")
+    if path is None:
+        assert prompt is not None
+        return prompt
+    arrays = read_inputs(session, path, None)
+    if odd := [name for name, array in arrays.items() if array.ndim == 0 or len(array) != 1]:
+        got = list(arrays[odd[0]].shape)
+        raise InputError(str(path), f"{odd[0]} is not one row, which is printed as it comes", got=got, wanted="[1, ..]")
+    return arrays
 
 
 def write_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
