@@ -17,6 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import tilecut
 from checks import ROOT, TinyMlp, compiled, randomise, text_batch, tiny_bert
+from generation_models import pair
 from tilecut import PruneConfig, from_pretrained
 from tilecut_passes.example_inputs import inputs_with_cache
 from tilecut_runtime.errors import ArtifactError, InputError
@@ -198,6 +199,18 @@ def test_greedy_generation_is_the_pruned_modules(request, which):
     assert torch.equal(got, greedy(artifact.module(), prompt, 12))
     asked = model.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=True, eos_token_id=None)
     assert torch.equal(asked, got)
+
+
+def test_speech_is_written_down_as_by_the_original(tmp_path):
+    original = pair("whisper")
+    model = compiled("edge", tmp_path / "dense", model=original, calibration=None, config=None).hf_model()
+    sound = torch.randn(2, 16, 80, generator=torch.Generator().manual_seed(0))
+    begun = torch.tensor([[3, 8], [3, 9]])
+    found = [
+        one.generate(input_features=sound, max_new_tokens=12, do_sample=False, use_cache=False, decoder_input_ids=begun)
+        for one in (original, model)
+    ]
+    assert torch.equal(*found) and len(set(found[0][0].tolist())) > 2
 
 
 @pytest.mark.slow

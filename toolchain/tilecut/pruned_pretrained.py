@@ -28,7 +28,9 @@ from tilecut.original_loss import LABELS, original_loss
 from tilecut.original_output import original_output
 from tilecut.read_later import ReadLater, Unread
 from tilecut.save_pretrained import save_pretrained
+from tilecut_passes.axes.rules_convolutions import CONVOLUTIONS
 from tilecut_passes.flat_forward import PAST, PRESENT, flatten_cache
+from tilecut_passes.graph import arguments, is_call
 from tilecut_passes.unlift_program import unlift_program
 from tilecut_runtime.errors import InputError
 from tilecut_runtime.manifest import TensorSpec
@@ -79,6 +81,11 @@ class PrunedPretrained:
         if "encoder" in self._modules:
             # It holds tensors alone; generation asks for this name.
             self.encoder.main_input_name = self.original.main_input_name
+        for node in self._graph.nodes:
+            if is_call(node, *CONVOLUTIONS) and (weight := arguments(node)["weight"]).op == "get_attr":
+                # Whisper's generation asks how far its convolutions step.
+                layer: Any = self.get_submodule(weight.target.rpartition(".")[0])
+                layer.stride = tuple(arguments(node)["stride"])
         # Tied weights are one tensor in the graph.
         self.all_tied_weights_keys: dict[str, str] = {}
         if not self._has_cache:
