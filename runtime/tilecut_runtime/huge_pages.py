@@ -33,7 +33,9 @@ def in_huge_pages() -> Iterator[None]:
         return
     before = anonymous_memory()
     yield
-    for start, end in without(anonymous_memory(), before):
+    known = set(before)
+    grown = [one for one in anonymous_memory() if one not in known]
+    for start, end in without(grown, before):
         ask(-(-start // size) * size, end // size * size)
 
 
