@@ -1,6 +1,9 @@
 """Memory of a model in huge pages: asked for where Linux offers it, and never in the way."""
 
 import mmap
+import os
+import platform
+import re
 import sys
 
 import numpy as np
@@ -14,7 +17,10 @@ from tilecut_runtime.errors import ArtifactError
 from tilecut_runtime.huge_pages import anonymous_memory, in_huge_pages, without
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked of Linux")
-offered = pytest.mark.skipif(huge_pages.huge_page() is None, reason="this system offers no huge pages")
+KERNEL = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
+offered = pytest.mark.skipif(
+    huge_pages.huge_page() is None or KERNEL < (6, 1), reason="this system lays nothing into huge pages at once"
+)
 MEGABYTES = 1 << 20
 
 
@@ -98,6 +104,30 @@ def test_nothing_is_asked_where_the_administrator_or_the_system_says_no(wide, mo
     assert huge_pages.huge_page() is None
     found = load(wide, threads=1).run(given)
     assert {name: array.tobytes() for name, array in found.items()} == {n: a.tobytes() for n, a in expected.items()}
+
+
+@linux
+@offered
+def test_what_is_hardly_touched_stays_as_small_as_it_is():
+    before = in_huge("Rss")
+    with in_huge_pages():
+        sparse = mmap.mmap(-1, 64 * MEGABYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for at in range(0, len(sparse), 2 * MEGABYTES):
+            sparse[at] = 1
+    assert in_huge("Rss") - before < 8 * MEGABYTES
+
+
+@linux
+@pytest.mark.parametrize("name", [b"a\x0bb\x0cc", "a\u2028b".encode(), b"\xff\xfe", b"two words", b"line\nbreak"])
+def test_names_of_mapped_files_may_hold_anything(tmp_path, name):
+    path = os.path.join(os.fsencode(tmp_path), name)
+    with open(path, "wb") as file:
+        file.write(b"x" * mmap.PAGESIZE)
+    with open(path, "r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+        with in_huge_pages():
+            memory = allocate(8 * MEGABYTES)
+    assert mapped[0] == memory[0] == ord("x")
 
 
 @linux

@@ -201,6 +201,22 @@ def test_on_the_way_down_a_removed_branch_takes_what_is_in_it_along(monkeypatch)
     assert found == {"branch": 0, "inside": 2, "other": 8}
 
 
+def test_on_the_way_down_groups_stay_alike_in_branches_that_go(monkeypatch):
+    monkeypatch.setattr("tilecut_passes.search.MOST_OPTIONS", 3)
+    names = [f"i{n}" for n in range(4)]
+    groups = [*(group(f"b{n}", "layers", 1) for n in range(4)), *(group(n, "neurons", 64) for n in names)]
+    curves = {g.name: [5.0, 0.0] if g.kind == "layers" else [64.0 - k for k in range(65)] for g in groups}
+    sizes = {g.name: [0, 1] if g.kind == "layers" else [4, 32, 64] for g in groups}
+    within = {f"b{n}": [f"i{n}"] for n in range(4)}
+    cost = lambda _, at: sum(at[f"b{n}"] * at[f"i{n}"] for n in range(4))
+    for budget in (12, 70, 130, 200):
+        found = search(
+            groups, [[g.name for g in groups]], curves, sizes, [Limit("MACs", budget, cost)], [names], within=within
+        )
+        assert cost(None, found) <= budget
+        assert len({found[n] for n in names}) == 1
+
+
 def test_on_the_way_down_groups_stay_alike(monkeypatch):
     monkeypatch.setattr("tilecut_passes.search.MOST_OPTIONS", 3)
     groups, curves, sizes, cost = chain(4, 16)

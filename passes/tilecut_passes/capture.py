@@ -71,7 +71,7 @@ def capture(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Dynami
     if tied:
         graph.propagate()
         run_passes(graph, [Canonicalize()])
-    graph.hiding = find_hiding(graph)
+    graph.hiding, graph.unclear = find_hiding(graph)
     return graph
 
 

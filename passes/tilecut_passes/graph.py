@@ -29,6 +29,8 @@ from tilecut_runtime import attention_varlen as _attention_varlen_op
 from tilecut_runtime.manifest import DimRange, TensorSpec
 
 assert _attention_varlen_op
+# What tables of new numbers for old ids are called (`remap_ids.py`).
+REMAP = "tilecut_rows_"
 PACKED_ATTENTION = torch.ops.tilecut.attention_varlen.default
 
 Returns = Literal["tensor", "tuple", "mapping"]
@@ -53,7 +55,7 @@ class Graph:
     inputs that hold a key-value cache, each with the output that continues it: their heads are cut with the model.
     `store` says where new tensors go, for models larger than memory (`disk_tensor.py`); None keeps them as they are.
     A size whose range is one number is static in the specs. `example_sizes` are those of the caller's example inputs.
-    `hiding` are the masks in which what is not 0 hides a position (`find_hiding.py`).
+    `hiding` are the masks in which what is not 0 hides a position, `unclear` bools that may (`find_hiding.py`).
     `rotated` are the groups of hidden width whose channels are not the caller's (`rotate_hidden.py`).
     """
 
@@ -71,6 +73,7 @@ class Graph:
     example_sizes: dict[str, int] = field(default_factory=dict)
     rotated: tuple[str, ...] = ()
     hiding: tuple[str, ...] = ()
+    unclear: tuple[str, ...] = ()
 
     @property
     def fx(self) -> fx.Graph:
@@ -161,6 +164,7 @@ class Graph:
             dict(self.example_sizes),
             self.rotated,
             self.hiding,
+            self.unclear,
         )
 
     def in_double(self) -> Graph:
@@ -234,6 +238,7 @@ class Graph:
         found = {}
         for name, node in zip(self.inputs, self.placeholders, strict=True):
             read = [source(u) for u in node.users if is_call(u, torch.ops.aten.embedding.default) and u.args[1] is node]
+            read += [source(u) for u in node.users if is_call(u, torch.ops.aten.index.Tensor) and _remaps(source(u))]
             if read:
                 found[name] = min(int(value_of(table).shape[0]) for table in read)
         return found
@@ -246,6 +251,11 @@ class Graph:
     def input_node(self, name: str) -> fx.Node | None:
         """The placeholder of the input called `name`, or None."""
         return dict(zip(self.inputs, self.placeholders, strict=True)).get(name)
+
+
+def _remaps(table: fx.Node) -> bool:
+    """Whether ids are numbered anew with it; any other table may be indexed from its end."""
+    return table.op == "get_attr" and str(table.target).startswith(REMAP)
 
 
 class _Propagate(fx.Interpreter):

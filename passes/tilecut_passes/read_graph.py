@@ -45,5 +45,5 @@ def read_graph(program: Path, weights: Path, manifest: Manifest) -> Graph:
     )
     if len(inputs) != len(placeholders) or graph.input_specs() != manifest.inputs:
         raise ArtifactError(str(program), "the program has other inputs than the manifest says", fix="compile it again")
-    graph.hiding = find_hiding(graph)
+    graph.hiding, graph.unclear = find_hiding(graph)
     return graph

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from tilecut_passes.axes.axis import Axis
 from tilecut_passes.axes.infer import Axes
 from tilecut_passes.axes.selection import Selection
-from tilecut_passes.graph import arguments, value_of
+from tilecut_passes.graph import REMAP, arguments, value_of
 
 aten = torch.ops.aten
 # The logit of a word that went: the least number that float32 and bfloat16 both have.
@@ -31,7 +31,7 @@ def remap_lookups(axes: Axes, selection: Selection, masked: bool) -> int:
         if not selection.touches(rows):
             continue
         ids = arguments(node)["indices"]
-        table = axes.graph.add_tensor(f"tilecut_rows_{node.name}", _rows_now(selection, rows, masked))
+        table = axes.graph.add_tensor(f"{REMAP}{node.name}", _rows_now(selection, rows, masked))
         with axes.graph.fx.inserting_before(node):
             now = axes.graph.fx.call_function(aten.index.Tensor, (table, [_long(axes, ids)]))
         node.args, node.kwargs = (node.args[0], now), {}

@@ -248,8 +248,9 @@ def _way_down(
         best: tuple[float, float, float, dict[str, int]] | None = None
         for one, smaller in left.items():
             option = {**now, **dict.fromkeys(one, smaller[0])}
-            gone = {n for layer in one if option[layer] == 0 for n in within.get(layer, ()) if n in option}
-            option |= {name: sizes[name][0] for name in gone}
+            gone = {n for layer in now if option[layer] == 0 for n in within.get(layer, ())}
+            # No choice is left of what is gone, but where it must be like another.
+            option |= {n: offered[0] for names, offered in choices.items() if gone.issuperset(names) for n in names}
             its_share, its_loss = share(option), lost(curves, option, within)
             price = (its_loss - loss) / max(taken - its_share, 1e-300)
             if best is None or price < best[0]:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS = Path("/proc/self/maps")
 # madvise's advice from Linux 6.1 on: at once, instead of in the background.
@@ -26,7 +28,10 @@ Range = tuple[int, int]
 
 @contextmanager
 def in_huge_pages() -> Iterator[None]:
-    """What is allocated inside lies in huge pages afterwards, as far as the system has them; it is advice, and never fails."""
+    """What this process allocates inside, in any thread, and fills lies in huge pages afterwards, as far as there are any.
+
+    It is advice, and never fails.
+    """
     size = huge_page()
     if size is None:
         yield
@@ -36,7 +41,8 @@ def in_huge_pages() -> Iterator[None]:
     known = set(before)
     grown = [one for one in anonymous_memory() if one not in known]
     for start, end in without(grown, before):
-        ask(-(-start // size) * size, end // size * size)
+        for full in filled(-(-start // size) * size, end // size * size, size):
+            ask(*full)
 
 
 def huge_page() -> int | None:
@@ -46,17 +52,18 @@ def huge_page() -> int | None:
             return None
         return int((SETTINGS / "hpage_pmd_size").read_text())
     # Another system, a kernel without them, or a container that hides the setting.
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 
 def anonymous_memory() -> list[Range]:
     """The address ranges that this process allocated for itself and may write, in order."""
     found = []
-    for line in MAPS.read_text().splitlines():
-        addresses, rights, _, _, _, *name = line.split(None, 5)
-        if rights == "rw-p" and (not name or name[0] == "[heap]"):
-            start, end = (int(one, 16) for one in addresses.split("-"))
+    # As bytes: names of files may hold anything.
+    for line in MAPS.read_bytes().split(b"\n"):
+        addresses, rights, *rest = line.split(None, 5) or [b"", b""]
+        if rights == b"rw-p" and (len(rest) == 3 or rest[3] == b"[heap]"):
+            start, end = (int(one, 16) for one in addresses.split(b"-"))
             found.append((start, end))
     return found
 
@@ -73,12 +80,25 @@ def without(ranges: list[Range], others: list[Range]) -> Iterator[Range]:
             yield start, end
 
 
-def ask(start: int, end: int) -> None:
-    """Advise huge pages for a range of whole ones."""
+def filled(start: int, end: int, size: int) -> Iterator[Range]:
+    """The runs of huge pages in a range that are half written to, at least: a huge page fills what was never touched."""
     if start >= end:
         return
+    touched = np.zeros((end - start) // mmap.PAGESIZE, np.uint8)
+    mincore = ctypes.CDLL(None).mincore
+    mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    # Refused where another thread gave the memory back meanwhile: then none is touched.
+    mincore(start, end - start, touched.ctypes.data)
+    full = (touched & 1).reshape(-1, size // mmap.PAGESIZE).mean(1) >= 0.5
+    edges = np.flatnonzero(np.diff(full, prepend=False, append=False)).tolist()
+    for first, last in zip(edges[::2], edges[1::2]):
+        yield start + first * size, start + last * size
+
+
+def ask(start: int, end: int) -> None:
+    """Advise huge pages for a range of whole ones."""
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    # The first is for what is written later, and for kernels that do not know the second.
+    # The first is for kernels that do not know the second.
     for advice in (mmap.MADV_HUGEPAGE, MADV_COLLAPSE):
         madvise(start, end - start, advice)

@@ -51,6 +51,11 @@ def read_source(encoder: Session, given: Any, attention_mask: Any) -> dict[str, 
             shaped = next((o for o in others if o.shape[: len(spec.shape)] == spec.shape and o.name in inputs), None)
             if shaped is not None:
                 inputs[spec.name] = np.ones(np.shape(inputs[shaped.name])[: len(spec.shape)], spec.dtype)
+    # The manifest may not say how many ids there are: of an earlier version.
+    for spec in others:
+        ids = inputs.get(spec.name)
+        if _takes_ids(spec) and isinstance(ids, np.ndarray) and ids.dtype.kind == "i" and ids.size and ids.min() < 0:
+            raise InputError(WHERE, f"{spec.name} holds an unknown token id", got=int(ids.min()), wanted="0 and above")
     return encoder.run(inputs)
 
 

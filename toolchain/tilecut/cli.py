@@ -331,15 +331,19 @@ def run(
 
 def _continue(steps: Iterator[Step], as_json: bool) -> None:
     """Print a text as it comes."""
-    text, count, reason = "", 0, None
+    ids: list[int | None] = []
+    text, reason = None, None
     for step in steps:
+        ids.append(step.tokens[0])
         # Without a tokenizer its ids.
-        piece = step.texts[0] if step.texts else f"{step.tokens[0]} "
-        text, count, reason = text + piece, count + 1, step.reasons[0]
+        piece = f"{ids[-1]} " if step.texts is None else step.texts[0]
+        text = None if step.texts is None else (text or "") + piece
+        reason = step.reasons[0]
         if not as_json:
             # What was asked for, as it is: no markup, no wrapping.
             print(piece, end="", flush=True)
-    print(json.dumps({"text": text, "tokens": count, "reason": reason}) if as_json else "")
+    said = {"ids": ids} if text is None else {"text": text}
+    print(json.dumps({**said, "tokens": len(ids), "reason": reason}) if as_json else "")
 
 
 @app.command()

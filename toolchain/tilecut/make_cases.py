@@ -23,7 +23,7 @@ def make_inputs(
     graph: Graph, batch: int, length: int, seed: int, ragged: bool = True, whole: bool = True
 ) -> dict[str, Tensor]:
     """Random inputs: ids from the embedding that reads them, masks right-padded to random lengths (the first row `whole`).
-    Bools [B, S] are taken for masks, whatever their name; those [S, S] are causal. Lengths are such numbers; with 0 a row
+    Bools [B, S] are masks where their capture says so; those [S, S] are causal. Lengths are such numbers; with 0 a row
     would see no key, and what comes out then is no one's to say.
 
     Every dynamic size that is not the first of its inputs is `length`, within its own range; with a cache, `length` is
@@ -51,6 +51,9 @@ def make_inputs(
             out[name] = bounds[name].make(shape[0], at, generator).to(dtype)
         elif dtype.is_floating_point:
             out[name] = torch.randn(shape, generator=generator).to(dtype)
+        elif name in graph.unclear:
+            # Neither all nor nothing, along rows and columns.
+            out[name] = (torch.arange(shape[0])[:, None] + torch.arange(shape[1])) % 2 * (min(shape) > 1) == 1
         elif may_mask(name, len(shape), dtype):
             square = spec.shape[0] == spec.shape[1]
             lengths = torch.arange(1, shape[0] + 1) if square else _ragged(shape[0], shape[1], generator, whole)
