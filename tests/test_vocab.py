@@ -21,7 +21,7 @@ from tilecut_passes.plan import PrunePlan
 from tilecut_passes.prune import Prune
 from tilecut_passes.remap_ids import LEAST
 from tilecut_passes.run_passes import largest_error, run_passes
-from tilecut_runtime.errors import ConfigError, PlanError
+from tilecut_runtime.errors import ConfigError, InputError, PlanError
 from tiny_tokenizer import CLS, SIZE, UNK, byte_tokenizer, ids_of, saved_with_tokenizer
 from zoo import GQA
 
@@ -132,6 +132,10 @@ def test_text_goes_round_through_the_artifact(tmp_path):
     numbers = artifact.report["parameters"]
     assert numbers["dense"] - numbers["pruned"] == 32 * (SIZE - len(group.kept))
     session, tokenizer = load(tmp_path / "out"), byte_tokenizer()
+    # Ids are those of the whole vocabulary still.
+    assert session.manifest.table_rows["input_ids"] == SIZE
+    with pytest.raises(InputError, match="input_ids: an id that the model has no embedding for; got -1"):
+        session.run({spec.name: np.full((1, 4), -1 if spec.name == "input_ids" else 1) for spec in session.inputs})
     for text in texts:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
