@@ -71,13 +71,17 @@ class Causal(nn.Module):
         return self.encoder(self.table(input_ids), mask=mask, src_key_padding_mask=padding)
 
 
-class Pair(nn.Module):
-    """torch's whole transformer: what is read and what is written are hidden apart."""
+class Transformer(nn.Module):
+    """torch's whole transformer behind a table."""
 
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(50, 32)
         self.model = nn.Transformer(32, 4, 1, 1, 64, batch_first=True)
+
+
+class Pair(Transformer):
+    """What is read and what is written are hidden apart."""
 
     def forward(self, src, tgt, src_padding, tgt_padding):
         causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1])
@@ -109,7 +113,7 @@ class SequenceFirst(nn.Module):
         return self.layer(features, src_key_padding_mask=padding)
 
 
-class ThreeMasks(Pair):
+class ThreeMasks(Transformer):
     """Every mask of torch's transformer given apart."""
 
     def forward(self, src, tgt, src_padding, tgt_padding, memory_padding):
@@ -120,7 +124,7 @@ class ThreeMasks(Pair):
         )  # fmt: skip
 
 
-class MemoryAlone(Pair):
+class MemoryAlone(Transformer):
     """What the decoder does not see, the encoder has mixed in: nothing tells that this hides."""
 
     def forward(self, src, tgt, memory_padding):

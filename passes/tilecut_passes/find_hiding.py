@@ -147,7 +147,7 @@ class _Trial:
     ) -> bool:
         """Whether an output changed: at the given positions where it has positions, else anywhere."""
         return any(
-            _differ(*(x if axis is None else x.index_select(axis, at.nonzero()[:, 0]) for x in (old, new)))
+            _unequal(*(x if axis is None else x.index_select(axis, at.nonzero()[:, 0]) for x in (old, new)))
             for (old, axis), (new, _) in zip(before, after, strict=True)
         )
 
@@ -169,10 +169,10 @@ class _Trial:
         }
         kept = torch.arange(self.length) < short
         outputs = [(x if d is None else x.index_select(d, kept.nonzero()[:, 0]), d) for x, d in self._run(whole)]
-        return all(x.shape == y.shape and not _differ(x, y) for (x, _), (y, _) in zip(outputs, self._run(part)))
+        return all(x.shape == y.shape and not _unequal(x, y) for (x, _), (y, _) in zip(outputs, self._run(part)))
 
 
-def _differ(before: Tensor, after: Tensor) -> bool:
+def _unequal(before: Tensor, after: Tensor) -> bool:
     finite = before.isfinite() & after.isfinite()
     x, y = before[finite].double(), after[finite].double()
     return bool(x.numel()) and float((x - y).abs().max()) > ROUNDING * max(float(x.abs().max()), 1e-12)
