@@ -29,23 +29,19 @@ SAME = 2
 
 def find_hiding(graph: Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the inputs [B, S] or [S, S] that hide keys where they are not 0, and of bools that no run explains."""
-    masks = []
-    for name, node in zip(graph.inputs, graph.placeholders, strict=True):
-        value = value_of(node)
-        if not name.endswith(KEEPS) and may_mask(name, value.ndim, value.dtype):
-            masks.append(name)
+    values = {name: value_of(node) for name, node in zip(graph.inputs, graph.placeholders, strict=True)}
+    masks = [name for name, x in values.items() if not name.endswith(KEEPS) and may_mask(name, x.ndim, x.dtype)]
     hiding, unclear = [], []
     for name in masks:
         hides, why = None, "no run tells"
         try:
-            hides = _Trial(graph, name, masks).hides()
+            hides = _Trial(graph, name, masks, values).hides()
         # Random inputs of small sizes need not be what the model can run on, and a model may raise anything.
         except Exception as e:
             why = f"it cannot be tried: {first_line(e)}"
-        flag = value_of(dict(zip(graph.inputs, graph.placeholders))[name]).dtype == torch.bool
         if hides:
             hiding.append(name)
-        elif hides is None and flag:
+        elif hides is None and values[name].dtype == torch.bool:
             unclear.append(name)
             graph.notes.append(f"capture: whether {name} keeps or hides what it marks is not known ({why})")
     return tuple(hiding), tuple(unclear)
@@ -56,32 +52,34 @@ def may_mask(name: str, dims: int, dtype: torch.dtype) -> bool:
     return dims == 2 and (dtype == torch.bool or ("mask" in name and not dtype.is_floating_point))
 
 
+# Outputs, each with its dimension of positions.
+Placed = list[tuple[Tensor, int | None]]
+
+
 class _Trial:
     """Runs of a graph in which one mask marks some positions."""
 
-    def __init__(self, graph: Graph, mask: str, masks: list[str]):
-        self.graph, self.mask = graph, mask
-        self.masks = masks
-        self.sizes = {n: sizes_of(value_of(x)) for n, x in zip(graph.inputs, graph.placeholders, strict=True)}
+    def __init__(self, graph: Graph, mask: str, masks: list[str], values: dict[str, Tensor]):
+        self.graph, self.mask, self.masks = graph, mask, masks
+        self.sizes = {name: sizes_of(value) for name, value in values.items()}
         self.size = self.sizes[mask][1]
-        values = {n: value_of(x) for n, x in zip(graph.inputs, graph.placeholders, strict=True)}
         # What it may hide: ids [B, S] and features [B, S, ..], or [S, B], [S, B, ..].
         self.texts = [
-            n
-            for n, value in values.items()
-            if n not in masks
-            and not n.endswith(KEEPS)
+            name
+            for name, value in values.items()
+            if name not in masks
+            and not name.endswith(KEEPS)
             and value.ndim >= (3 if value.is_floating_point() else 2)
-            and self._axis(self.sizes[n]) is not None
+            and self._axis(self.sizes[name]) is not None
         ]
         rows = graph.row_sizes()
-        sizes = {}
-        for symbol, name in graph.dims.items():
-            limits, wanted = graph.ranges[name], ROWS if name in rows and symbol != self.size else LENGTH
-            sizes[name] = max(limits.min, wanted if limits.max is None else min(wanted, limits.max))
-        self.shapes = {spec.name: [size_at(d, sizes) for d in spec.shape] for spec in graph.input_specs()}
-        self.length = self.shapes[mask][1]
-        self.rows_of = graph.table_rows()
+        sizes = {
+            name: graph.ranges[name].nearest(ROWS if name in rows and symbol != self.size else LENGTH)
+            for symbol, name in graph.dims.items()
+        }
+        shapes = {spec.name: [size_at(d, sizes) for d in spec.shape] for spec in graph.input_specs()}
+        self.length = shapes[mask][1]
+        self.given, self.others = (_random(graph, values, shapes, seed) for seed in (0, 1))
 
     def hides(self) -> bool | None:
         """Whether a 1 hides; None where no trial tells."""
@@ -107,34 +105,18 @@ class _Trial:
 
     def _made(self, marked: Tensor, rest: int, text: str = "", changed: Tensor | None = None) -> dict[str, Tensor]:
         """Random inputs with the mask as it is to be, the others full of `rest`, and one text changed at some positions."""
-        made = self._random(0)
+        made = dict(self.given)
         if changed is not None:
             axis = self._axis(self.sizes[text])
             shape = [-1 if d == axis else 1 for d in range(made[text].ndim)]
-            made[text] = torch.where(changed.reshape(shape), self._random(1)[text], made[text])
+            made[text] = torch.where(changed.reshape(shape), self.others[text], made[text])
         for name in self.masks:
             as_this = name == self.mask or (rest == SAME and made[name].shape[1] == self.length)
             fill = marked if as_this else torch.tensor(rest == 1)
             made[name] = fill.to(made[name].dtype).expand_as(made[name])
         return made
 
-    def _random(self, seed: int) -> dict[str, Tensor]:
-        """Ids differ from those of another seed everywhere, where their table has two rows."""
-        generator = torch.Generator().manual_seed(seed)
-        made = {}
-        for name, node in zip(self.graph.inputs, self.graph.placeholders, strict=True):
-            dtype, shape = value_of(node).dtype, self.shapes[name]
-            if dtype.is_floating_point:
-                made[name] = torch.randn(shape, generator=generator).to(dtype)
-            elif name.endswith(KEEPS):
-                made[name] = torch.ones(shape, dtype=dtype)
-            else:
-                rows = self.rows_of.get(name, 2)
-                ids = torch.randint(0, max(rows // 2, 1), shape, generator=generator) * 2 + seed
-                made[name] = (ids % rows).to(dtype)
-        return made
-
-    def _run(self, inputs: dict[str, Tensor]) -> list[tuple[Tensor, int | None]]:
+    def _run(self, inputs: dict[str, Tensor]) -> Placed:
         """The outputs that have positions, with their dimension of them; all, where none has."""
         values = self.graph.run(inputs).values()
         found = [
@@ -142,16 +124,14 @@ class _Trial:
         ]
         return [one for one in found if one[1] is not None] or found
 
-    def _differ(
-        self, before: list[tuple[Tensor, int | None]], after: list[tuple[Tensor, int | None]], at: Tensor
-    ) -> bool:
+    def _differ(self, before: Placed, after: Placed, at: Tensor) -> bool:
         """Whether an output changed: at the given positions where it has positions, else anywhere."""
         return any(
             _unequal(*(x if axis is None else x.index_select(axis, at.nonzero()[:, 0]) for x in (old, new)))
             for (old, axis), (new, _) in zip(before, after, strict=True)
         )
 
-    def _own(self, before: list[tuple[Tensor, int | None]], after: list[tuple[Tensor, int | None]], at: Tensor) -> bool:
+    def _own(self, before: Placed, after: Placed, at: Tensor) -> bool:
         """Whether what was changed shows at its own positions."""
         return before[0][1] is not None and self._differ(before, after, at)
 
@@ -170,6 +150,23 @@ class _Trial:
         kept = torch.arange(self.length) < short
         outputs = [(x if d is None else x.index_select(d, kept.nonzero()[:, 0]), d) for x, d in self._run(whole)]
         return all(x.shape == y.shape and not _unequal(x, y) for (x, _), (y, _) in zip(outputs, self._run(part)))
+
+
+def _random(graph: Graph, values: dict[str, Tensor], shapes: dict[str, list[int]], seed: int) -> dict[str, Tensor]:
+    """Random inputs; ids differ from those of another seed everywhere, where their table has two rows."""
+    generator, table_rows = torch.Generator().manual_seed(seed), graph.table_rows()
+    made = {}
+    for name, value in values.items():
+        shape = shapes[name]
+        if value.is_floating_point():
+            made[name] = torch.randn(shape, generator=generator).to(value.dtype)
+        elif name.endswith(KEEPS):
+            made[name] = torch.ones(shape, dtype=value.dtype)
+        else:
+            rows = table_rows.get(name, 2)
+            ids = torch.randint(0, max(rows // 2, 1), shape, generator=generator) * 2 + seed
+            made[name] = (ids % rows).to(value.dtype)
+    return made
 
 
 def _unequal(before: Tensor, after: Tensor) -> bool:

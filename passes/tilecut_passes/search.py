@@ -125,14 +125,14 @@ def search(
     inside = within or {}
     # A joined set is priced set by set: its costs add up.
     parts = [[names for names in sets if set(names) <= set(one)] for one in together]
-    options, long = [], []
-    for i, names in enumerate(together):
-        choices = _choices(names, sizes, alike)
-        if math.prod(len(offered) for offered in choices.values()) <= MOST_OPTIONS:
-            options.append(_without_choice_in_removed(_every_option(choices), sizes, inside))
-        else:
-            long.append(i)
-            options.append(_way_down(choices, parts[i], curves, sizes, limits, inside))
+    choices = [_choices(names, sizes, alike) for names in together]
+    long = [i for i, one in enumerate(choices) if math.prod(map(len, one.values())) > MOST_OPTIONS]
+    options = [
+        _way_down(one, parts[i], curves, limits, inside)
+        if i in long
+        else _without_choice_in_removed(_every_option(one), sizes, inside)
+        for i, one in enumerate(choices)
+    ]
     losses = [[lost(curves, one, inside) for one in offered] for offered in options]
     costs = [
         [[limit.of(within, one) for one in offered] for within, offered in zip(parts, options)] for limit in limits
@@ -146,7 +146,7 @@ def search(
     for i in long:
         spent = [rows[i][chosen[i]] for rows in costs]
         within_set = [replace(limit, limit=left + own) for limit, left, own in zip(limits, room, spent)]
-        taken[i] = _exchange(taken[i], _choices(together[i], sizes, alike), parts[i], curves, within_set, inside)
+        taken[i] = _exchange(taken[i], choices[i], parts[i], curves, within_set, inside)
         room = [own.limit - own.of(parts[i], taken[i]) for own in within_set]
     found = {name: n for one in taken for name, n in one.items()}
     return {group.name: found[group.name] for group in groups}
@@ -232,7 +232,6 @@ def _way_down(
     choices: Mapping[tuple[str, ...], Sequence[int]],
     sets: Sequence[Sequence[str]],
     curves: Mapping[str, Sequence[float]],
-    sizes: Mapping[str, Sequence[int]],
     limits: Sequence[Limit],
     within: Mapping[str, Sequence[str]],
 ) -> list[dict[str, int]]:

@@ -43,6 +43,10 @@ class DimRange:
     min: int = 1
     max: int | None = None
 
+    def nearest(self, wanted: int) -> int:
+        """The size in the range that is closest to a wanted one."""
+        return max(self.min, wanted if self.max is None else min(wanted, self.max))
+
 
 @dataclass(frozen=True)
 class FileEntry:

@@ -12,7 +12,6 @@ from torch.export import ExportedProgram
 from tilecut_passes.export_model import Shapes, try_remedies
 from tilecut_passes.graph import Graph, size_at
 from tilecut_runtime.errors import LoweringError, first_line
-from tilecut_runtime.manifest import DimRange
 
 
 def example_inputs(graph: Graph, sizes: dict[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
@@ -22,7 +21,7 @@ def example_inputs(graph: Graph, sizes: dict[str, int] | None = None, seed: int 
     """
     generator = torch.Generator().manual_seed(seed)
     primes = dict(zip(graph.dims.values(), (2, 7, 11, 5, 13, 3, 17)))
-    at = {**{name: _within(graph.ranges[name], size) for name, size in primes.items()}, **(sizes or {})}
+    at = {**{name: graph.ranges[name].nearest(size) for name, size in primes.items()}, **(sizes or {})}
     out = {}
     for spec in graph.input_specs():
         shape = [size_at(s, at) for s in spec.shape]
@@ -36,10 +35,6 @@ def example_inputs(graph: Graph, sizes: dict[str, int] | None = None, seed: int 
         else:
             out[spec.name] = torch.randint(0, 2, shape, generator=generator).to(dtype)
     return out
-
-
-def _within(limits: DimRange, size: int) -> int:
-    return max(limits.min, size if limits.max is None else min(size, limits.max))
 
 
 def named_module(graph: Graph) -> nn.Module:

@@ -30,18 +30,19 @@ def make_inputs(
     the past and the present together. Bounds of packed sequences divide their tokens among `batch` of them, or more.
     """
     rows = graph.row_sizes()
-    sizes = {name: _within(graph, name, batch if name in rows else length) for name in graph.dims.values()}
+    sizes = {name: graph.ranges[name].nearest(batch if name in rows else length) for name in graph.dims.values()}
     if {PAST_SEQUENCE, "sequence"} <= sizes.keys():
         # Past and present share the model's positions; a length of one has no past.
         total = sizes["sequence"]
-        sizes[PAST_SEQUENCE] = _within(graph, PAST_SEQUENCE, total // 2)
+        sizes[PAST_SEQUENCE] = graph.ranges[PAST_SEQUENCE].nearest(total // 2)
         sizes["sequence"] = max(total - sizes[PAST_SEQUENCE], 1)
     generator = torch.Generator().manual_seed(seed)
     at = {symbol: sizes[name] for symbol, name in graph.dims.items()}
     bounds = find_bounds(graph)
     for one in bounds.values():
         for symbol in symbols_of(one.size):
-            sizes[graph.dims[symbol]] = _within(graph, graph.dims[symbol], one.count(batch, at) + 1)
+            name = graph.dims[symbol]
+            sizes[name] = graph.ranges[name].nearest(one.count(batch, at) + 1)
     places, rows_of = find_lengths(graph), graph.table_rows()
     out = {}
     for name, spec in zip(graph.inputs, graph.input_specs(), strict=True):
@@ -72,11 +73,6 @@ def _ragged(rows: int, most: int, generator: torch.Generator, whole: bool) -> Te
     lengths = torch.randint(1, most + 1, (rows,), generator=generator)
     lengths[0] = most if whole else max(most // 2, 1)
     return lengths
-
-
-def _within(graph: Graph, name: str, wanted: int) -> int:
-    limits = graph.ranges[name]
-    return max(limits.min, wanted if limits.max is None else min(wanted, limits.max))
 
 
 def make_cases(graph: Graph, seed: int = 0, sizes: Sequence[tuple[int, int]] = SIZES) -> list[Case]:

@@ -46,14 +46,10 @@ def list_launches(graph: Graph, arch: str) -> Iterator[Launch]:
 
 def points(graph: Graph) -> list[dict[sympy.Symbol, int]]:
     """Values of the graph's dynamic sizes, within their ranges."""
-    found = []
-    for wanted in (ALIGNED, ODD, 1):
-        at = {}
-        for symbol, name in graph.dims.items():
-            limits = graph.ranges[name]
-            at[symbol] = max(limits.min, wanted if limits.max is None else min(wanted, limits.max))
-        found.append(at)
-    return found
+    return [
+        {symbol: graph.ranges[name].nearest(wanted) for symbol, name in graph.dims.items()}
+        for wanted in (ALIGNED, ODD, 1)
+    ]
 
 
 def _launches(node: fx.Node, at: Mapping[sympy.Symbol, int], arch: str) -> list[Launch]:

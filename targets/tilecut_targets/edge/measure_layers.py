@@ -146,11 +146,7 @@ def sizes_at(graph: Graph, at: Mapping[str, int]) -> dict[str, int]:
     if {PAST_SEQUENCE, "sequence"} <= wanted.keys() and PAST_SEQUENCE not in at:
         wanted[PAST_SEQUENCE] = sequence // 2
         wanted["sequence"] = sequence - sequence // 2
-    return {
-        name: max(limits.min, n if limits.max is None else min(n, limits.max))
-        for name, n in wanted.items()
-        for limits in (graph.ranges[name],)
-    }
+    return {name: graph.ranges[name].nearest(n) for name, n in wanted.items()}
 
 
 def cache_key(
